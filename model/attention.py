@@ -1,0 +1,100 @@
+"""One attention for every layer type: sliding window, CSA and HCA, and a dense baseline.
+
+Legend: B batch, S sequence, D hidden, H heads, C head_dim, T compressed slots, G output groups.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.compressor import Compressor
+from model.config import ModelConfig
+from model.indexer import Indexer
+from model.kernels.attention import shared_kv_attention
+from model.layout import COMPRESSED, Layout
+from model.linear import Linear
+from model.norm import RMSNorm, rms_norm
+from model.rope import apply_rope
+
+AttentionMode = Literal["sparse", "dense"]  # CSA attends to the selected, or to all visible entries
+
+
+class Attention(nn.Module):
+    """Low-rank queries, one shared key/value head, sinks, grouped output (V4 report, section 2.3).
+
+    Sliding-window layers use the "main" rotation, all others the "compress" one. `full_attention` is the
+    dense baseline: the same projections, every earlier token of the document visible, no compression.
+    """
+
+    def __init__(self, config: ModelConfig, layer_type: str):
+        super().__init__()
+        dim, heads, channels, eps = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_dim,
+            config.rms_norm_eps,
+        )
+        self.layer_type = layer_type
+        self.heads, self.channels, self.groups, self.eps = heads, channels, config.o_groups, eps
+        self.window = config.sliding_window
+        self.rope_kind = "main" if layer_type == "sliding_attention" else "compress"
+        self.q_a_proj = Linear(dim, config.q_lora_rank, "attention")
+        self.q_a_norm = RMSNorm(config.q_lora_rank, eps)
+        self.q_b_proj = Linear(config.q_lora_rank, heads * channels, "attention")
+        self.kv_proj = Linear(dim, channels, "attention")
+        self.kv_norm = RMSNorm(channels, eps)
+        self.o_a_proj = GroupedOutput(heads * channels, config.o_groups, config.o_lora_rank)
+        self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, dim, "attention")
+        self.sinks = nn.Parameter(torch.empty(heads))
+        if layer_type in COMPRESSED:
+            overlap = layer_type == "compressed_sparse_attention"
+            self.compressor = Compressor(dim, channels, config.compress_rates[layer_type], overlap, eps)
+            if overlap:
+                self.indexer = Indexer(config)
+
+    def forward(self, x: Tensor, layout: Layout, mode: AttentionMode = "sparse") -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        cos, sin = layout.rotations[self.rope_kind]
+        per_head = (cos.unsqueeze(2), sin.unsqueeze(2))
+        q_latent = self.q_a_norm(self.q_a_proj(x))  # [B, S, q_lora_rank]
+        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
+        q = apply_rope(rms_norm(q, eps=self.eps), per_head)  # [B, S, H, C]
+        kv = apply_rope(self.kv_norm(self.kv_proj(x)), (cos, sin))  # [B, S, C]
+        entries, visible = self._far(x, q_latent, kv, layout, mode)
+        window = 0 if self.layer_type == "full_attention" else self.window
+        out = shared_kv_attention(q, kv, entries, visible, self.sinks, layout.positions, window)
+        out = apply_rope(out, per_head, inverse=True)
+        return self.o_b_proj(self.o_a_proj(out.flatten(2)))
+
+    def _far(
+        self, x: Tensor, q_latent: Tensor, kv: Tensor, layout: Layout, mode: AttentionMode
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What lies beyond the window: entries [B, T, C] and who sees them [B, S, T]."""
+        if self.layer_type == "full_attention":
+            token = torch.arange(kv.shape[1], device=kv.device)
+            distance = token.unsqueeze(-1) - token  # [S, S]
+            return kv, (distance >= 0) & (distance <= layout.positions.unsqueeze(-1))
+        if self.layer_type not in COMPRESSED:
+            return None, None
+        slots = layout.slots[self.layer_type]
+        entries = self.compressor(x, slots)
+        if self.layer_type == "compressed_sparse_attention" and mode == "sparse":
+            return entries, self.indexer(x, q_latent, slots, layout.rotations["compress"])
+        return entries, slots.visible()
+
+
+class GroupedOutput(nn.Module):
+    """Heads in G groups, each projected by its own matrix: [..., H * C] -> [..., G * o_lora_rank]."""
+
+    def __init__(self, in_features: int, groups: int, rank: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups * rank, in_features // groups))
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.unflatten(-1, (self.groups, -1))  # [B, S, G, H * C / G]
+        weight = self.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, o_lora_rank, H * C / G]
+        return torch.einsum("bsgi,gri->bsgr", grouped, weight).flatten(-2)

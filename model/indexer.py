@@ -1,0 +1,45 @@
+"""Lightning indexer: which compressed entries each query of a CSA layer attends to.
+
+Legend: B batch, S sequence, D hidden, T compressed slots, h index heads, c index channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.compressor import Compressor
+from model.config import ModelConfig
+from model.kernels.indexer import select_entries
+from model.layout import Slots
+from model.linear import Linear
+from model.rope import Rotation, apply_rope
+
+
+class Indexer(nn.Module):
+    """Scores entries by sum_h w_h ReLU(q_h . k) with keys from a small compressor of its own.
+
+    Queries come from the attention's query latent. The inputs are detached: selection is not
+    differentiable, and a loss on the scores may move the indexer only. V4 report, section 2.3.1.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.channels = config.index_n_heads, config.index_head_dim
+        self.topk = config.index_topk
+        rate = config.compress_rates["compressed_sparse_attention"]
+        self.compressor = Compressor(
+            config.hidden_size, self.channels, rate, overlap=True, eps=config.rms_norm_eps
+        )
+        self.q_b_proj = Linear(config.q_lora_rank, self.heads * self.channels, "indexer")
+        self.weights_proj = Linear(config.hidden_size, self.heads, "indexer_weights")
+
+    def forward(self, x: Tensor, q_latent: Tensor, slots: Slots, rotation: Rotation) -> Tensor:
+        """x [B, S, D], q_latent [B, S, q_lora_rank] -> mask [B, S, T] of the selected visible entries."""
+        x, q_latent = x.detach(), q_latent.detach()
+        cos, sin = rotation
+        q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
+        q = apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2)))
+        k = self.compressor(x, slots)
+        weights = self.weights_proj(x) * (self.heads * self.channels) ** -0.5
+        return select_entries(q, k, weights, slots.visible(), self.topk)

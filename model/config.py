@@ -35,7 +35,7 @@ class ModelConfig:
     mlp_layer_types       router of each layer: `hash_moe` (fixed table by token id) or `moe` (learned)
     compress_rates        layer type -> tokens per compressed entry, for the compressed types in use
     qk_rope_head_dim      rotated channels, the last ones, of a head and of an indexer head
-    rope_parameters       {"main": sliding and full layers, "compress": CSA, HCA and the indexer}; each with
+    rope_parameters       {"main": sliding-window layers, "compress": all others and the indexer}; each with
                           `rope_type` default or yarn and every key that type has (`ROPE_KEYS`)
     o_groups, o_lora_rank output projection: heads in groups, each projected to o_lora_rank channels
     hc_mult               residual streams of mHC; `residual: plain` is the baseline with one and no mHC
@@ -296,6 +296,7 @@ def _read_hf(hf: dict[str, Any]) -> dict[str, Any]:
     for key, field in own.items():
         optional = key in _HF_TRANSLATED or field.default is not MISSING
         _require(optional or key in hf, f"{key}: is missing from config.json; add it")
+    _require(_count(hf, "head_dim") > 0, "head_dim: must be positive")
     values = {key: hf[key] for key in own if key in hf and key not in _HF_TRANSLATED}
     values["layer_types"] = _read_layer_types(hf)
     values["mlp_layer_types"] = _read_mlp_layer_types(hf)
@@ -354,16 +355,12 @@ def _read_compress_rates(hf: dict[str, Any]) -> dict[str, int]:
 
 def _read_rope_dims(hf: dict[str, Any]) -> int:
     """`partial_rotary_factor` times head_dim, or `qk_rope_head_dim`; both only if they agree."""
-    head_dim, dims, factor = (
-        _count(hf, "head_dim"),
-        hf.get("qk_rope_head_dim"),
-        hf.get("partial_rotary_factor"),
-    )
+    dims, factor = hf.get("qk_rope_head_dim"), hf.get("partial_rotary_factor")
     _require(dims is not None or factor is not None, "qk_rope_head_dim: is missing from config.json; add it")
     if factor is None:
         return _count(hf, "qk_rope_head_dim")
     _require(_is_number(factor), f"partial_rotary_factor: must be a number, got {factor!r}")
-    from_factor = int(head_dim * factor)
+    from_factor = int(_count(hf, "head_dim") * factor)
     same = dims is None or dims == from_factor
     _require(same, f"partial_rotary_factor: {from_factor} channels, qk_rope_head_dim: {dims}; remove one")
     return from_factor
@@ -378,36 +375,30 @@ def _read_rope(hf: dict[str, Any], dims: int) -> dict[str, Any]:
     _require(isinstance(rope, dict), f"{key}: must be a dict, got {rope!r}")
     if "main" in rope or "compress" in rope:
         # Here the top-level thetas play no part, so a stale one does no harm.
-        fraction = hf.get("partial_rotary_factor")
-        return {
-            kind: _read_rope_kind(f"{key}.{kind}", rope[kind], hf["head_dim"], dims, fraction)
-            for kind in rope
-        }
+        for kind, parameters in rope.items():
+            _require(isinstance(parameters, dict), f"{key}.{kind}: must be a dict, got {parameters!r}")
+        return {kind: _read_rope_kind(f"{key}.{kind}", rope[kind], hf, dims) for kind in rope}
     for theta in ("rope_theta", "compress_rope_theta"):
         _require(theta in hf, f"{theta}: is missing from config.json; add it")
-    scaling = {"rope_type": rope.get("type", "default"), **rope, "rope_theta": hf["compress_rope_theta"]}
-    if scaling["rope_type"] == "yarn":
-        scaling.setdefault("attention_factor", 1.0)
-    fraction = dims / hf["head_dim"]
-    return {
-        "main": {"rope_type": "default", "rope_theta": hf["rope_theta"]},
-        "compress": _read_rope_kind(key, scaling, hf["head_dim"], dims, fraction),
+    scaling = {
+        **rope,
+        "rope_theta": hf["compress_rope_theta"],
+        "partial_rotary_factor": dims / hf["head_dim"],
     }
+    if "yarn" in (scaling.get("rope_type"), scaling.get("type")):
+        scaling.setdefault("attention_factor", 1.0)
+    main = {"rope_type": "default", "rope_theta": hf["rope_theta"]}
+    return {"main": main, "compress": _read_rope_kind(key, scaling, hf, dims)}
 
 
-def _read_rope_kind(
-    at: str, parameters: Any, head_dim: int, dims: int, fraction: float | None
-) -> dict[str, Any]:
+def _read_rope_kind(at: str, parameters: dict[str, Any], hf: dict[str, Any], dims: int) -> dict[str, Any]:
     """One rope dict without the keys that only repeat: the old `type`, the rotated fraction, `truncate`."""
-    _require(isinstance(parameters, dict), f"{at}: must be a dict, got {parameters!r}")
-    values = dict(parameters)
-    old = values.pop("type", None)
-    values.setdefault("rope_type", old or "default")
-    fraction = values.pop("partial_rotary_factor", fraction)
-    same = _is_number(fraction) and int(head_dim * fraction) == dims
-    _require(
-        same, f"{at}.partial_rotary_factor: {fraction!r} is not {dims} of {head_dim} channels; correct it"
-    )
+    values = {"partial_rotary_factor": hf.get("partial_rotary_factor"), **parameters}
+    values.setdefault("rope_type", values.pop("type", "default"))
+    values.pop("type", None)
+    fraction = values.pop("partial_rotary_factor")
+    same = _is_number(fraction) and int(hf["head_dim"] * fraction) == dims
+    _require(same, f"{at}.partial_rotary_factor: {fraction!r} is not {dims} channels of head_dim; correct it")
     if values["rope_type"] == "yarn":
         truncate = values.pop("truncate", True)
         _require(truncate is True, f"{at}.truncate: is {truncate!r}; only true is implemented")

@@ -26,7 +26,9 @@ def _normal(x: Tensor, config: ModelConfig, generator: torch.Generator) -> objec
 
 
 def _into_residual(x: Tensor, config: ModelConfig, generator: torch.Generator) -> object:
-    return x.normal_(0.0, config.initializer_range / math.sqrt(2 * config.num_hidden_layers), generator=generator)
+    return x.normal_(
+        0.0, config.initializer_range / math.sqrt(2 * config.num_hidden_layers), generator=generator
+    )
 
 
 def _constant(value: float) -> Fill:
@@ -58,11 +60,27 @@ TABLE: tuple[tuple[str, Fill, str], ...] = (
     (r".*norm\.weight", _constant(1.0), "norms start as plain normalisation"),
     (r".*\.sinks", _constant(0.0), "one neutral extra slot, as in the released model's code"),
     (r".*\.position_bias", _constant(0.0), "pooling starts content-based, positions alike"),
-    (r".*(attn|ffn)_hc\.base", _hc_base, "pre = mean of the streams, post = 1, comb near identity: a plain residual"),
+    (
+        r".*(attn|ffn)_hc\.base",
+        _hc_base,
+        "pre = mean of the streams, post = 1, comb near identity: a plain residual",
+    ),
     (r".*hc_head\.hc_base", _hc_head_base, "the head starts as the mean of the streams"),
-    (r".*(attn|ffn)_hc\.scale|.*hc_head\.hc_scale", _constant(0.01), "mixing starts almost static (Xie et al. 2026)"),
-    (r".*(attn|ffn)_hc\.fn|.*hc_head\.hc_fn", _normal, "breaks the symmetry between streams through the small scale"),
-    (r".*\.(o_b_proj|down_proj)(\.weight)?", _into_residual, "2 L outputs add up on the residual: variance / 2 L"),
+    (
+        r".*(attn|ffn)_hc\.scale|.*hc_head\.hc_scale",
+        _constant(0.01),
+        "mixing starts almost static (Xie et al. 2026)",
+    ),
+    (
+        r".*(attn|ffn)_hc\.fn|.*hc_head\.hc_fn",
+        _normal,
+        "breaks the symmetry between streams through the small scale",
+    ),
+    (
+        r".*\.(o_b_proj|down_proj)(\.weight)?",
+        _into_residual,
+        "2 L outputs add up on the residual: variance / 2 L",
+    ),
     (r".*(embed_tokens|lm_head|_proj|mlp\.gate)\.weight", _normal, "initializer_range"),
     (r".*\.experts\.gate_up_proj", _normal, "initializer_range"),
 )

@@ -24,13 +24,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]
-            logits = F.linear(h, weight).to(wide)  # [chunk, V]
-            loss += F.cross_entropy(logits, y, ignore_index=-100, reduction="sum")
+            log_p = F.linear(h, weight).to(wide).log_softmax(-1)  # [chunk, V]
+            loss += F.nll_loss(log_p, y, ignore_index=-100, reduction="sum")
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.softmax(-1)
+            grad = log_p.exp_()  # softmax - one_hot(label), zero where ignored
             grad.scatter_add_(1, y.clamp(min=0).unsqueeze(1), grad.new_full((len(y), 1), -1.0))
-            grad = (grad * (y != -100).unsqueeze(1)).to(h.dtype)
+            grad = grad.mul_((y != -100).unsqueeze(1)).to(h.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = grad @ weight
             if grad_weight is not None:

@@ -79,7 +79,9 @@ class ForCausalLM(nn.Module):
         layout = build_layout(self.config, position_ids, document_ids)
         choices = list(replay) if replay is not None else [None] * len(self.moes())
         routings = []
-        streams = self.embed_tokens(input_ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)  # [B, S, N, D]
+        streams = (
+            self.embed_tokens(input_ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        )  # [B, S, N, D]
         for layer, choice in zip(self.layers, choices, strict=False):
             streams, routing = layer(streams, layout, input_ids, mode, _flat(choice))
             routings.append(routing)
@@ -89,17 +91,27 @@ class ForCausalLM(nn.Module):
         if labels is not None:
             losses["lm"] = linear_cross_entropy(hidden, self.lm_head.weight, labels)
             if self.mtp:
-                targets = [labels, *(further_ids(labels, len(self.mtp)) if next_ids is None else next_ids).unbind(-1)]
+                targets = [
+                    labels,
+                    *(further_ids(labels, len(self.mtp)) if next_ids is None else next_ids).unbind(-1),
+                ]
                 parts = []
-                for depth, (mtp, choice) in enumerate(zip(self.mtp, choices[len(self.layers) :], strict=True)):
+                for depth, (mtp, choice) in enumerate(
+                    zip(self.mtp, choices[len(self.layers) :], strict=True)
+                ):
                     ids = targets[depth].clamp(min=0)
-                    streams, further, routing = mtp(streams, self.embed_tokens(ids), layout, ids, _flat(choice))
+                    streams, further, routing = mtp(
+                        streams, self.embed_tokens(ids), layout, ids, _flat(choice)
+                    )
                     routings.append(routing)
                     parts.append(linear_cross_entropy(further, self.lm_head.weight, targets[depth + 1]))
                 losses["mtp"] = _add(parts)
             learned = [r for r, moe in zip(routings, self.moes(), strict=True) if not moe.gate.is_hash]
             balance = [balance_loss(routing, layout) for routing in learned]
-            losses["balance"] = (sum(balance, input_ids.new_zeros((), dtype=torch.float32)), layout.real.sum())
+            losses["balance"] = (
+                sum(balance, input_ids.new_zeros((), dtype=torch.float32)),
+                layout.real.sum(),
+            )
         wanted = labels is None if return_logits is None else return_logits
         return ModelOutput(
             losses=losses,

@@ -15,7 +15,9 @@ from torch import Tensor
 Rotation = tuple[Tensor, Tensor]  # cos, sin, each [..., R / 2] fp32
 
 
-def inverse_frequencies(parameters: dict[str, Any], rope_dims: int, device: torch.device | str = "cpu") -> Tensor:
+def inverse_frequencies(
+    parameters: dict[str, Any], rope_dims: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Angular frequency of each channel pair -> [R / 2] fp32.
 
     `parameters`: `rope_theta`, and for `rope_type: yarn` also `factor`, `beta_fast`, `beta_slow` and

@@ -37,7 +37,10 @@ def shared_kv_attention(
     """
     batch, length, heads, channels = q.shape
     if entries is None or visible is None:
-        entries, visible = kv.new_zeros(batch, 0, channels), positions.new_zeros(batch, length, 0, dtype=torch.bool)
+        entries, visible = (
+            kv.new_zeros(batch, 0, channels),
+            positions.new_zeros(batch, length, 0, dtype=torch.bool),
+        )
     block = min(window, length) or min(128, length)
     blocks = -(-length // block)
     pad = blocks * block - length
@@ -65,7 +68,9 @@ def shared_kv_attention(
     return out.flatten(1, 2)[:, :length]
 
 
-def _attend(q: Tensor, near: Tensor, entries: Tensor, visible: Tensor, sinks: Tensor, positions: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, near: Tensor, entries: Tensor, visible: Tensor, sinks: Tensor, positions: Tensor
+) -> Tensor:
     """Blocks of queries [B, n, W, H, C] against their 2W near tokens and all T entries -> [B, n, W, H, C]."""
     batch, blocks, block, heads, channels = q.shape
     far = visible.shape[-1]

@@ -1,0 +1,112 @@
+"""Documents into rows: splitting, best-fit packing, fill-in-the-middle, and the tensors of a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data.shards import Documents
+from data.tokenizer import FimIds
+
+IGNORE = -100  # a label that counts for nothing
+PADDING = -1  # the document id of padding
+FIM_MARKS = 3  # tokens that fill-in-the-middle adds to a document
+
+
+class Piece(NamedTuple):
+    """`length` tokens of a document from `start` on. With `cuts`, the whole document, rearranged."""
+
+    document: int
+    start: int
+    length: int
+    cuts: tuple[int, int] | None = None
+
+
+def split_long(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents as pieces of at most `capacity` tokens: (index into lengths, start, length) of each piece."""
+    counts = -(-lengths // capacity)
+    index = np.repeat(np.arange(len(lengths)), counts)
+    first = np.cumsum(counts) - counts
+    start = (np.arange(len(index)) - first[index]) * capacity
+    return index, start, np.minimum(capacity, lengths[index] - start)
+
+
+def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Bins of indices whose lengths sum to at most `capacity`: longest first, each into the fullest bin that
+    takes it (Ding et al. 2024, arXiv 2404.10830). The spaces in use are bits of one integer, so that the
+    smallest sufficient one is found by a shift and the lowest set bit."""
+    bins: list[list[int]] = []
+    spaces = 0  # bit s: some bin has exactly s tokens left
+    bins_with: dict[int, list[int]] = {}
+    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = lengths[item]
+        sufficient = spaces >> length
+        if sufficient:
+            space = length + (sufficient & -sufficient).bit_length() - 1
+            holders = bins_with[space]
+            chosen = holders.pop()
+            if not holders:
+                spaces ^= 1 << space
+            bins[chosen].append(item)
+        else:
+            space, chosen = capacity, len(bins)
+            bins.append([item])
+        left = space - length
+        if left:
+            bins_with.setdefault(left, []).append(chosen)
+            spaces |= 1 << left
+    return bins
+
+
+def tokens_of(piece: Piece, documents: Documents, fim: FimIds | None) -> np.ndarray:
+    """The piece's ids, [length]."""
+    ids = documents[piece.document]
+    if piece.cuts is None or fim is None:
+        return ids[piece.start : piece.start + piece.length]
+    return rearranged(ids, piece.cuts, fim)
+
+
+def rearranged(ids: np.ndarray, cuts: tuple[int, int], fim: FimIds) -> np.ndarray:
+    """A document as prefix, suffix, middle, end mark (PSM; Bavarian et al. 2022, arXiv 2207.14255)."""
+    a, b = cuts
+    prefix, middle, suffix, end = ids[:a], ids[a:b], ids[b:-1], ids[-1:]
+    return np.concatenate([[fim.begin], prefix, [fim.hole], suffix, [fim.end], middle, end]).astype(ids.dtype)
+
+
+def assemble(
+    rows: list[list[np.ndarray]], *, seq_len: int, mtp_depth: int, fill: int
+) -> dict[str, np.ndarray]:
+    """A batch (int64) from rows of documents: input_ids, labels, position_ids, document_ids [B, S], next_ids
+    [B, S, mtp_depth]. Padding has input id `fill`, document id -1 and no labels; a row may be all padding."""
+    shape = (len(rows), seq_len)
+    ids = np.full(shape, fill, np.int64)
+    positions = np.empty(shape, np.int64)
+    documents = np.full(shape, PADDING, np.int64)
+    count = np.arange(seq_len)
+    for row, pieces in enumerate(rows):
+        at = 0
+        for number, piece in enumerate(pieces):
+            end = at + len(piece)
+            ids[row, at:end] = piece
+            positions[row, at:end] = count[: len(piece)]
+            documents[row, at:end] = number
+            at = end
+        positions[row, at:] = count[: seq_len - at]
+    return {
+        "input_ids": ids,
+        "labels": ahead(ids, documents, 1),
+        "position_ids": positions,
+        "document_ids": documents,
+        "next_ids": np.stack([ahead(ids, documents, 2 + k) for k in range(mtp_depth)], axis=-1)
+        if mtp_depth
+        else np.empty((*shape, 0), np.int64),
+    }
+
+
+def ahead(ids: np.ndarray, documents: np.ndarray, distance: int) -> np.ndarray:
+    """The token `distance` later in the same document, else IGNORE, [B, S]."""
+    found = np.full_like(ids, IGNORE)
+    same = (documents[:, :-distance] == documents[:, distance:]) & (documents[:, :-distance] != PADDING)
+    found[:, :-distance] = np.where(same, ids[:, distance:], IGNORE)
+    return found

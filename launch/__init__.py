@@ -1,0 +1,1 @@
+"""What is done around a training run: installing, and preparing hosts."""

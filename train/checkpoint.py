@@ -1,0 +1,65 @@
+"""Checkpoints of one process: safetensors and JSON, written aside, synced, then renamed into place.
+
+A folder `step-00000300` is complete or does not exist. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.errors import ConfigError
+
+TENSORS, META = "state.safetensors", "state.json"
+
+
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write `folder`/step-N and remove all but the newest `keep`; returns the new folder."""
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+    (partial / META).write_text(json.dumps(meta, indent=1))
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that is being repeated
+    partial.rename(final)
+    sync(folder)
+    for old in all_steps(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save` wrote. Raises ConfigError when the folder is not a whole checkpoint."""
+    try:
+        return load_file(folder / TENSORS, device=device), json.loads((folder / META).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"resume: {folder} is not a whole checkpoint ({error}); choose another one"
+        ) from error
+
+
+def all_steps(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

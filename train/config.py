@@ -1,0 +1,157 @@
+"""The whole configuration of a run, and the checks that need more than one part of it; no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import ConfigError
+from data.config import DataConfig
+from model.config import ModelConfig
+from optim.config import OptimConfig
+
+DEEPSEEK_V4_IDS = 129_280  # of the released tokenizer, added tokens included
+
+
+def _require(good: bool, key: str, value: object, rule: str) -> None:
+    if not good:
+        raise ConfigError(f"{key} is {value!r}; it must be {rule}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what batches and with which losses to train; lengths are in steps or tokens.
+
+    steps                  optimizer steps of the run
+    batch_tokens           tokens of one optimizer step, over all ranks and micro-batches
+    seq_len                tokens of one sequence
+    micro_batch            sequences of one forward pass on one rank
+    attention_mode         "sparse" (the indexer selects) or "dense" (every visible compressed entry)
+    mtp_loss_weight        of multi-token prediction, until the learning rate starts to decay
+    mtp_decay_loss_weight  the same from there on
+    bias_update_rate       step of the routers' load-balancing bias
+    log_every, eval_every, save_every   in steps
+    eval_tokens            validation tokens of one evaluation
+    compile                compile the model with torch.compile
+    sample_tokens          tokens generated from sample_prompt at every evaluation; 0: none
+    device                 "auto" (CUDA where there is one), "cpu" or "cuda"
+
+    Raises ConfigError, naming `train.KEY`, when a value is out of range.
+    """
+
+    steps: int
+    batch_tokens: int
+    seq_len: int
+    micro_batch: int
+    seed: int = 0
+    attention_mode: str = "sparse"
+    mtp_loss_weight: float = 0.3
+    mtp_decay_loss_weight: float = 0.1
+    bias_update_rate: float = 0.001
+    log_every: int = 10
+    eval_every: int = 100
+    eval_tokens: int = 65536
+    save_every: int = 100
+    compile: bool = False
+    sample_tokens: int = 64
+    sample_prompt: str = "import "
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_tokens", "micro_batch", "log_every", "eval_every", "save_every"):
+            self._check(key, getattr(self, key) >= 1, "1 or more")
+        self._check("seq_len", self.seq_len >= 2, "2 or more")
+        for key in ("seed", "sample_tokens"):
+            self._check(key, getattr(self, key) >= 0, "0 or more")
+        for key in ("mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
+            self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")
+        self._check("attention_mode", self.attention_mode in ("sparse", "dense"), "sparse or dense")
+        self._check("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        forward_tokens = self.seq_len * self.micro_batch
+        rule = f"a multiple of train.seq_len · train.micro_batch = {forward_tokens}"
+        self._check("batch_tokens", self.batch_tokens % forward_tokens == 0, rule)
+        self._check(
+            "eval_tokens", self.eval_tokens >= self.seq_len, f"train.seq_len = {self.seq_len} or more"
+        )
+
+    def _check(self, key: str, good: bool, rule: str) -> None:
+        _require(good, f"train.{key}", getattr(self, key), rule)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What the matrix products are computed in; master weights and optimizer states stay float32.
+
+    Raises ConfigError when `compute_dtype` is neither "float32" nor "bfloat16".
+    """
+
+    name: str
+    compute_dtype: str
+
+    def __post_init__(self) -> None:
+        allowed = self.compute_dtype in ("float32", "bfloat16")
+        _require(allowed, "precision.compute_dtype", self.compute_dtype, "float32 or bfloat16")
+
+
+@dataclass(frozen=True)
+class RunDirConfig:
+    """Where a run writes: the folder `dir`/`name`; without a name, the trainer makes one from the time."""
+
+    dir: str = "runs"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "run.dir", self.dir, "a folder")
+        plain = self.name is None or (self.name not in ("", ".", "..") and Path(self.name).name == self.name)
+        _require(plain, "run.name", self.name, "one folder name; run.dir takes the folders above it")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; `configs.compose.compose` is what makes one.
+
+    resume   "auto" (the newest checkpoint of this run, if there is one), a checkpoint folder, or None
+
+    Raises ConfigError when parts contradict each other: every such line names the key to change.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    precision: PrecisionConfig
+    train: TrainConfig
+    run: RunDirConfig
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        self._check_vocabulary()
+        warmup, steps = self.optim.warmup_steps, self.train.steps
+        _require(warmup < steps, "optim.warmup_steps", warmup, f"less than train.steps = {steps}")
+        if self.resume not in (None, "auto"):
+            exists = Path(str(self.resume)).is_dir()
+            _require(exists, "resume", self.resume, "auto, null, or the folder of a checkpoint that exists")
+
+    def _check_lengths(self) -> None:
+        """Positions, compression windows and prediction depth must fit into a sequence."""
+        seq_len, model = self.train.seq_len, self.model
+        limit = model.max_position_embeddings
+        rule = f"at most model.max_position_embeddings = {limit}"
+        _require(seq_len <= limit, "train.seq_len", seq_len, rule)
+        for kind in sorted(set(model.layer_types) & set(model.compress_rates)):
+            rate = model.compress_rates[kind]
+            rule = f"at least model.compress_rates.{kind} = {rate}, or these layers never compress anything"
+            _require(seq_len >= rate, "train.seq_len", seq_len, rule)
+        depth = model.num_nextn_predict_layers
+        rule = f"less than train.seq_len - 1 = {seq_len - 1}"
+        _require(depth < seq_len - 1, "model.num_nextn_predict_layers", depth, rule)
+
+    def _check_vocabulary(self) -> None:
+        """Every id that the tokenizer can make has a row in the embedding."""
+        tokenizer, rows = self.data.tokenizer, self.model.vocab_size
+        if tokenizer.kind == "deepseek_v4":
+            rule = f"{DEEPSEEK_V4_IDS} or more with data.tokenizer.kind=deepseek_v4"
+            _require(rows >= DEEPSEEK_V4_IDS, "model.vocab_size", rows, rule)
+        rule = f"at most model.vocab_size = {rows}"
+        _require(tokenizer.vocab_size <= rows, "data.tokenizer.vocab_size", tokenizer.vocab_size, rule)

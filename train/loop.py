@@ -1,0 +1,227 @@
+"""The training loop. `train_step` is one optimizer step; `train` is a run from its configuration to its report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.compose import to_yaml
+from configs.errors import ConfigError
+from data.loader import Data, open_data
+from model.flops import training_flops_per_token
+from model.hf import save_pretrained
+from model.init import initialize
+from model.model import ForCausalLM
+from model.moe import expert_loads, update_bias
+from optim.schedule import decay_start, lr_at
+from train import checkpoint
+from train.config import RunConfig
+from train.engine import Batch, TorchEngine
+from train.evaluate import evaluate
+from train.metrics import JsonLines, keep_until, peak_flops
+from train.report import Report
+from train.sample import generate
+
+
+def train_step(engine: TorchEngine, batch: Batch, config: RunConfig, step: int) -> dict[str, float]:
+    """One optimizer step on this step's sequences [B, S]; returns what is logged about it.
+
+    Loss parts come as sums; each is divided by its count over the whole step, so that neither the number of
+    micro-batches nor their padding changes anything.
+    """
+    weights, lr = loss_weights(config, step), lr_at(step, config.train.steps, config.optim)
+    counts = {
+        "lm": (batch["labels"] != -100).sum(),
+        "mtp": (batch["next_ids"] != -100).sum(),
+        "balance": (batch["document_ids"] >= 0).sum(),
+    }
+    moes = engine.model.moes()
+    loads = [torch.zeros(moe.experts.gate_up_proj.shape[0], dtype=torch.int64, device=device_of(engine)) for moe in moes]
+    sums: dict[str, Tensor] = {}
+    for micro in micro_batches(batch, config.train.micro_batch, device_of(engine)):
+        output = engine(micro, mode=config.train.attention_mode)
+        parts = {part: loss / counts[part].clamp(min=1).item() for part, (loss, _) in output.losses.items()}
+        engine.backward(torch.stack([weights[part] * loss for part, loss in parts.items()]).sum())
+        for part, loss in parts.items():
+            sums[part] = sums.get(part, 0) + loss.detach()
+        for load, indices in zip(loads, output.expert_indices, strict=True):
+            load += expert_loads(indices, len(load), micro["document_ids"] >= 0)
+    norms = engine.step(lr)
+    for moe, load in zip(moes, loads, strict=True):
+        if not moe.gate.is_hash:
+            update_bias(moe.gate.e_score_correction_bias, load, config.train.bias_update_rate)
+    imbalance = torch.stack([load.max() * len(load) / load.sum().clamp(min=1) for load in loads]).max()
+    logged = {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}, "max_load": imbalance}
+    return {"step": step + 1, "lr": lr, **{name: float(value) for name, value in logged.items()}}
+
+
+def loss_weights(config: RunConfig, step: int) -> dict[str, float]:
+    """Weights of the loss parts; MTP's falls when the learning rate starts to decay (V4 report, section 4.2.2)."""
+    train = config.train
+    decaying = step >= decay_start(train.steps, config.optim)
+    mtp = train.mtp_decay_loss_weight if decaying else train.mtp_loss_weight
+    return {"lm": 1.0, "mtp": mtp, "balance": config.model.router_aux_loss_coef}
+
+
+def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Batch]:
+    """The step's sequences `rows` at a time, on the device."""
+    for start in range(0, batch["input_ids"].shape[0], rows):
+        yield {name: x[start : start + rows].to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def device_of(engine: TorchEngine) -> torch.device:
+    return engine.model.lm_head.weight.device
+
+
+def train(config: RunConfig) -> float:
+    """Run `config` to its end; returns the last validation loss in nats per token."""
+    run = open_run(config)
+    report = run.report
+    report.start(config, run.engine, run.data.summary, run.folder)
+    tokens = config.train.batch_tokens
+    flops = training_flops_per_token(config.model, config.train.seq_len, config.train.attention_mode).total
+    peak = peak_flops(run.device)
+    valid = run.validate() if run.step == 0 else math.nan
+    try:
+        for step in range(run.step, config.train.steps):
+            began = time.perf_counter()
+            logged = train_step(run.engine, run.data.train.batch(tokens // config.train.seq_len), config, step)
+            seconds = time.perf_counter() - began
+            speed = {"tokens_per_s": tokens / seconds}
+            if peak:
+                speed["mfu"] = flops * tokens / seconds / peak
+            run.step = step + 1
+            run.log(logged, speed)
+            if not all(math.isfinite(value) for value in logged.values()):
+                raise ConfigError(
+                    f"step {run.step}: the loss or a gradient norm is not finite, the weights are as before it;"
+                    f" lower optim.lr, or resume={run.folder} from the last checkpoint"
+                )
+            if run.step % config.train.eval_every == 0 or run.step == config.train.steps:
+                valid = run.validate()
+            if run.step % config.train.save_every == 0 or run.step == config.train.steps:
+                run.save()
+    except KeyboardInterrupt:
+        report.stopped(run.save(), run.step)
+        raise
+    if math.isnan(valid):  # a finished run was resumed
+        valid = run.validate()
+    run.finish(valid)
+    return valid
+
+
+@dataclass
+class Run:
+    """One run in progress: its parts, its place on disk and what it has done so far."""
+
+    config: RunConfig
+    folder: Path
+    device: torch.device
+    data: Data
+    engine: TorchEngine
+    report: Report
+    metrics: JsonLines
+    timing: JsonLines
+    step: int = 0
+
+    def log(self, logged: dict[str, float], speed: dict[str, float]) -> None:
+        self.report.step(logged, speed)
+        self.metrics.write(**logged)
+        self.timing.write(step=self.step, **speed)
+
+    def validate(self) -> float:
+        train = self.config.train
+        sequences = max(1, train.eval_tokens // train.seq_len)
+        batches = self.data.valid.one_pass(train.micro_batch, sequences)
+        losses = evaluate(self.engine, batches, self.device, train.attention_mode)
+        self.metrics.write(step=self.step, **{f"valid_{part}": loss for part, loss in losses.items()})
+        self.report.validation(self.step, losses)
+        return losses["lm"]
+
+    def save(self) -> Path:
+        meta = {"step": self.step, "data": self.data.train.state_dict(), "config": to_yaml(self.config)}
+        return checkpoint.save(self.folder / "checkpoints", self.step, self.engine.state(), meta)
+
+    def finish(self, valid: float) -> None:
+        config = self.config
+        save_pretrained(self.engine.model, self.folder / "model")
+        prompt, length = config.train.sample_prompt, config.train.sample_tokens
+        text = ""
+        if length:
+            text = generate(
+                self.engine.model,
+                self.data.tokenizer,
+                prompt,
+                length,
+                context=config.train.seq_len,
+                seed=config.train.seed,
+                mode=config.train.attention_mode,
+            )
+            (self.folder / "sample.txt").write_text(text)
+        self.report.finish(self.folder, valid, text)
+
+
+def open_run(config: RunConfig) -> Run:
+    """Everything a run needs, checked and read in the order in which mistakes are cheap."""
+    device = _device(config.train.device)
+    resumed = _checkpoint_to_resume(config)
+    folder = resumed.parent.parent if resumed else _new_folder(config)
+    data = open_data(
+        config.data,
+        seq_len=config.train.seq_len,
+        mtp_depth=config.model.num_nextn_predict_layers,
+        seed=config.train.seed,
+    )
+    with torch.device(device):
+        model = initialize(ForCausalLM(config.model), config.train.seed)
+    engine = TorchEngine(model, config.optim, getattr(torch, config.precision.compute_dtype))
+    step = 0
+    if resumed:
+        tensors, meta = checkpoint.load(resumed, str(device))
+        data.train.load_state_dict(meta["data"])
+        engine.load_state(tensors)
+        step = meta["step"]
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            keep_until(folder / name, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    if config.train.compile:
+        for layer in model.layers:
+            layer.compile()
+    logs = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "timing.jsonl")
+    return Run(config, folder, device, data, engine, Report(config.train), *logs, step=step)
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but torch sees no GPU here; use train.device=cpu or install a CUDA torch")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _new_folder(config: RunConfig) -> Path:
+    folder = Path(config.run.dir) / (config.run.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if folder.exists():
+        raise ConfigError(f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto")
+    return folder
+
+
+def _checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The newest checkpoint of the run that `resume` names: "auto" (run.name, or the newest run), a run, a checkpoint."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        found = Path(config.resume)
+        steps = [found] if (found / checkpoint.META).exists() else checkpoint.all_steps(found / "checkpoints")
+        if not steps:
+            raise ConfigError(f"resume: {found} holds no checkpoint; name a run's folder or a checkpoint in it")
+        return steps[-1]
+    pattern = config.run.name or "*"
+    steps = [s for run in Path(config.run.dir).glob(pattern) for s in checkpoint.all_steps(run / "checkpoints")]
+    return max(steps, key=lambda path: ((path / checkpoint.META).stat().st_mtime, path.name), default=None)

@@ -1,0 +1,112 @@
+"""What a person sees: where the run goes, a line now and then, a bar, and a closing table."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from model.flops import count_parameters
+from optim.groups import group_rows
+from train.config import RunConfig, TrainConfig
+from train.engine import TorchEngine
+
+
+class Report:
+    """Prints the run; on a terminal a progress bar stays below the lines."""
+
+    def __init__(self, config: TrainConfig, console: Console | None = None):
+        self.config = config
+        self.console = console or Console(highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.began = time.perf_counter()
+        self.first_valid = math.nan
+        self.recent: list[float] = []  # tokens per second since the last line
+
+    def start(self, config: RunConfig, engine: TorchEngine, summary: dict[str, Any], folder: Path) -> None:
+        """Say what is trained, on what, and how its parameters are updated."""
+        count = count_parameters(config.model)
+        device = engine.model.lm_head.weight.device
+        table = Table("group", "tensors", "matrices", "parameters", "such as", title="optimizer", title_justify="left")
+        for row in group_rows(engine.optimizer.param_groups):
+            table.add_row(row.group, str(row.tensors), str(row.matrices), f"{row.parameters:,}", row.examples)
+        self.console.print(table)
+        self.console.print(
+            f"model   {(count.total + count.mtp) / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active per token,"
+            f" {config.model.num_hidden_layers} layers on {device}, {config.precision.compute_dtype}"
+        )
+        self.console.print(
+            f"data    {summary['tokens']:,} tokens in {summary['documents']:,} documents, ready in {summary['seconds']:.0f} s"
+        )
+        self.console.print(
+            f"run     {config.train.steps} steps of {config.train.batch_tokens:,} tokens into {folder}\n"
+        )
+        self.progress.start()
+        self.task = self.progress.add_task("training", total=config.train.steps)
+
+    def step(self, logged: dict[str, float], speed: dict[str, float]) -> None:
+        """Move the bar; every `log_every` steps print a line."""
+        step = int(logged["step"])
+        self.progress.update(self.task, completed=step)
+        self.recent.append(1 / speed["tokens_per_s"])
+        if step % self.config.log_every and step != 1:
+            return
+        rate, self.recent = len(self.recent) / sum(self.recent), []
+        parts = [f"step {step:>6}", f"loss {logged['lm']:.4f}"]
+        parts += [f"mtp {logged['mtp']:.4f}"] if "mtp" in logged else []
+        parts += [
+            f"balance {logged['balance']:.3f}",
+            f"lr {logged['lr']:.2e}",
+            f"norm {logged['grad_norm_model']:.3f}",
+            f"load {logged['max_load']:.2f}",
+            f"{rate:,.0f} tokens/s",
+        ]
+        parts += [f"mfu {speed['mfu']:.1%}"] if "mfu" in speed else []
+        self._line("  ".join(parts))
+
+    def validation(self, step: int, losses: dict[str, float]) -> None:
+        """Print the validation losses, in nats per token."""
+        if math.isnan(self.first_valid):
+            self.first_valid = losses["lm"]
+        text = "  ".join(f"{part} {loss:.4f}" for part, loss in losses.items())
+        self._line(f"step {step:>6}  [bold]validation  {text}[/bold]")
+
+    def stopped(self, saved: Path, step: int) -> None:
+        """An interrupted run: what was kept and how to go on."""
+        self.progress.stop()
+        self.console.print(f"stopped after step {step}; go on with: python -m train resume={saved}", soft_wrap=True)
+
+    def finish(self, folder: Path, valid: float, sample: str) -> None:
+        """The closing table, the sample, and what to try next."""
+        self.progress.stop()
+        table = Table(show_header=False, title="result", title_justify="left")
+        seconds = time.perf_counter() - self.began
+        table.add_row("validation loss", f"{self.first_valid:.3f} -> {valid:.3f} nats per token")
+        table.add_row("time", f"{seconds // 60:.0f} min {seconds % 60:.0f} s")
+        table.add_row("weights, for transformers too", str(folder / "model"))
+        table.add_row("checkpoints", str(folder / "checkpoints"))
+        table.add_row("metrics, timing", f"{folder / 'metrics.jsonl'}, {folder / 'timing.jsonl'}")
+        table.add_row("configuration", str(folder / "config.yaml"))
+        self.console.print(table)
+        if sample:
+            self.console.print(Panel(Text(sample), title="sample", title_align="left"))
+        self.console.print("next: python -m train data.path=FOLDER_OF_YOUR_TEXT   or   python -m train --help")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)

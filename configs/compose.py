@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import ConfigError
-from configs.wording import as_written, explain, one_line, unknown_key
+from configs.wording import as_written, explain, one_line, unknown_key, unreadable
 from train.config import RunConfig, RunDirConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent
@@ -43,12 +43,11 @@ and what the command line says comes last. Every key in those files can be set i
 
 Examples:
   python -m train train.steps=50 optim.warmup_steps=5       a shorter run
-  python -m train data.path=~/notes train.seed=1            your own text: a folder, JSONL or Parquet
+  python -m train data.path=texts train.seed=1              your own text: a folder, JSONL or Parquet
   python -m train experiment=nano train.micro_batch=2       a larger model on a GPU, with less memory
   python -m train run.name=first resume=auto                go on where the run `first` stopped
   python -m train -m optim=muon,adamw train.seed=0,1        a sweep: every combination, one run each
 """
-NOT_AN_OVERRIDE = "not an override; write KEY=VALUE, such as train.steps=100 or model=nano"
 
 
 def compose(overrides: list[str]) -> RunConfig:
@@ -160,9 +159,9 @@ def _parse(text: str, sweep: bool = False) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"{text}: {NOT_AN_OVERRIDE}") from error
+        raise ConfigError(unreadable(text)) from error
     if not override.key_or_group or override.package is not None:
-        raise ConfigError(f"{text}: {NOT_AN_OVERRIDE}")
+        raise ConfigError(unreadable(text))
     if not sweep and override.is_sweep_override():
         raise ConfigError(f"{text}: several values make a sweep: add -m, or write a list as [a,b]")
     if not sweep and override.key_or_group.startswith("hydra"):

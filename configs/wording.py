@@ -12,6 +12,14 @@ from typing import Any
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 
+def unreadable(text: str) -> str:
+    """Say that a command-line argument is no override, or that its value needs quotes."""
+    key, _, value = text.partition("=")
+    if value and re.fullmatch(r"[+~]{0,2}[\w./]+", key):
+        return f"{key}: cannot read {value}; quote what has special characters: '{key}=\"{value}\"'"
+    return f"{text}: not an override; write KEY=VALUE, such as train.steps=100 or model=nano"
+
+
 def unknown_key(key: str, keys: list[str]) -> str:
     """Say that a key does not exist, with the nearest that does: by its whole path or by its last part."""
     keys = [name for name in sorted(keys) if not key.startswith(f"{name}.")]

@@ -141,23 +141,26 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> str:
 
 def plain_encoder(spec: dict) -> Encode:
     """The `tokenizers` engine without marks. Added tokens that are only spaces (GPT-NeoX) are no marks."""
-    kept = [token for token in spec["added_tokens"] if token["content"].isspace()]
-    engine = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": kept}))
+    added = [token | {"special": not token["content"].isspace()} for token in spec["added_tokens"]]
+    engine = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added}))
+    engine.encode_special_tokens = True  # as text, that is
     return lambda texts: [e.ids for e in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-# DeepSeek-V4's three pre-tokenizing splits as one pattern: each alternative stops where an earlier split of
-# the chain would have cut. The last one keeps control and format characters, which nothing else matches.
+# DeepSeek-V4's chain of three pre-tokenizing splits as one pattern: no run may go on where an earlier split
+# has cut, at digits and at CJK (which has letters, marks, punctuation and unassigned characters of its own).
+# The last two alternatives keep control and format characters, which nothing else matches.
 CJK = "一-龥\u3040-ゟ゠-ヿ"
 LETTERS = rf"[[\p{{L}}\p{{M}}]&&[^{CJK}]]"
-OTHER = r"[^\s\p{L}\p{M}\p{N}\p{P}\p{S}]"
+PUNCTUATION = rf"[[\p{{P}}\p{{S}}]&&[^{CJK}]]"
+OTHER = rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{CJK}]"
 V4_PATTERN = "|".join(
     [
         r"\p{N}{1,3}",
         f"[{CJK}]+",
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
         rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}]?{LETTERS}+",
-        r" ?[\p{P}\p{S}]+[\r\n]*",
+        rf" ?{PUNCTUATION}+[\r\n]*",
         r"\s*[\r\n]+",
         rf"\s+(?![^\s\p{{N}}{CJK}])",
         r"\s+",
@@ -211,7 +214,7 @@ def byte_alphabet() -> dict[str, int]:
 def difficult_strings(count: int, seed: int) -> list[str]:
     """Short strings that mix scripts, digits, blanks, marks, control, format and unassigned characters."""
     alphabet = [
-        *" \n\t\r!«€€中文のカ٣½Ⅷ٪ﷺǅß_\x00\x07\x85\u2028\u3000\u0301\u200b\ue000\u0378",
+        *" \n\t\r!«€中文のカ゠・゛\u3099\u3040٣½Ⅷ٪ﷺǅß_\x00\x07\x85\u2028\u3000\u0301\u200b\ue000\u0378",
         "  ",
         "\r\n",
         "1",

@@ -38,7 +38,7 @@ def main() -> int:
     if importlib.util.find_spec("torch") is not None:
         return 0
     print("Installing PyTorch (a few minutes the first time) ...", flush=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     *first_choices, last = attempts()
     for arguments in first_choices:
         if subprocess.run([*pip, *arguments], capture_output=True).returncode == 0:

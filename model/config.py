@@ -90,8 +90,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_layers(self)
-        _check_attention(self)
-        _check_experts(self)
+        _check_shapes(self)
         _check_rope(self)
 
     @classmethod
@@ -196,9 +195,9 @@ def _check_layers(config: ModelConfig) -> None:
         _require(config.hc_mult == 1, f"hc_mult: is {config.hc_mult}; residual: plain has one stream, set 1")
 
 
-def _check_attention(config: ModelConfig) -> None:
+def _check_shapes(config: ModelConfig) -> None:
     heads, groups = config.num_attention_heads, config.o_groups
-    _require(heads % groups == 0, f"o_groups: {groups} does not divide num_attention_heads ({heads})")
+    _require(heads % groups == 0, f"o_groups: must divide num_attention_heads ({heads}), got {groups}")
     dims, key = config.qk_rope_head_dim, "qk_rope_head_dim"
     _require(dims % 2 == 0, f"{key}: {dims} is odd; rotation needs channel pairs, use an even number")
     for limit in ("head_dim", "index_head_dim"):
@@ -207,14 +206,9 @@ def _check_attention(config: ModelConfig) -> None:
     # transformers keeps only the ratio, and truncates when it computes the dims back from it
     exact = int(config.head_dim * (dims / config.head_dim)) == dims
     _require(exact, f"{key}: its ratio to head_dim ({config.head_dim}) rounds off; take another than {dims}")
-
-
-def _check_experts(config: ModelConfig) -> None:
     chosen, experts = config.num_experts_per_tok, config.n_routed_experts
-    # also what makes the rows of the hash table distinct
-    _require(
-        chosen <= experts, f"num_experts_per_tok: {chosen} exceeds n_routed_experts ({experts}); lower it"
-    )
+    enough = chosen <= experts  # also for the hash table, whose rows are distinct experts
+    _require(enough, f"num_experts_per_tok: {chosen} exceeds n_routed_experts ({experts}); lower it")
 
 
 def _check_rope(config: ModelConfig) -> None:
@@ -226,9 +220,8 @@ def _check_rope(config: ModelConfig) -> None:
         at = f"rope_parameters.{kind}"
         _require(isinstance(parameters, dict), f"{at}: must be a dict, got {parameters!r}")
         rope_type = parameters.get("rope_type")
-        _require(
-            rope_type in tuple(ROPE_KEYS), f"{at}.rope_type: {rope_type!r} is unknown; use default or yarn"
-        )
+        known = rope_type in tuple(ROPE_KEYS)
+        _require(known, f"{at}.rope_type: {rope_type!r} is unknown; use default or yarn")
         wanted = ROPE_KEYS[rope_type]
         for key in parameters:
             _require(key in wanted, f"{at}.{key}: means nothing to rope_type {rope_type}; remove it")

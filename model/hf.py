@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def save_pretrained(model: ForCausalLM, directory: str | Path) -> None:
     flushed to disk and renamed. Raises ConfigError for a baseline that `transformers` cannot express and
     FileExistsError for a folder that holds something.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; give a new folder to save the model in")
     config = {**model.config.to_hf(), "dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
@@ -123,17 +123,17 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None) -> 
     config = ModelConfig.from_hf(hf)
     if not any(key.startswith("mtp.") for key in files):
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    sources = _sources(files)
     with torch.device("meta"):
         model = ForCausalLM(config)
     empty = model.state_dict()
     try:
+        sources = _sources(files)
         _check_names(sources, config)
         _refuse(missing=[name for name in empty if name not in sources])
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 
-    handles = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
+    handles = {file: _open(file) for file in set(files.values())}
     state = {}
     for name, keys in sources.items():
         tensor = _assemble(keys, lambda key: handles[files[key]].get_tensor(key))
@@ -224,9 +224,9 @@ def _refuse(**problems: list[str]) -> None:
     for kind, names in problems.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{kind} {', '.join(names[:3])}{more}")
+            parts.append(f"{kind} weights {', '.join(names[:3])}{more}")
     if parts:
-        raise ValueError(f"weights do not fit the configuration: {'; '.join(parts)}")
+        raise ValueError(f"{', '.join(parts)}; use the configuration that these weights belong to")
 
 
 # ---- files ----
@@ -274,14 +274,23 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         raise FileNotFoundError(
             f"{directory} holds neither model.safetensors nor {INDEX}; give a model's folder"
         )
-    with safe_open(single, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), single)
+    return dict.fromkeys(_open(single).keys(), single)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); copy it again") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; give the folder of a saved model")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
 
 
 def _flush(path: Path) -> None:

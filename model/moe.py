@@ -234,7 +234,8 @@ def hash_table(vocab: int, experts: int, k: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     runs = -(-vocab // experts)
-    shuffled = torch.stack([torch.randperm(experts, generator=generator) for _ in range(runs)])  # [runs, E]
-    place = torch.arange(experts).unsqueeze(-1) + torch.arange(k)  # [E, K]
-    table = shuffled[:, place % experts].flatten(0, 1)[:vocab]  # [vocab, K]
-    return table[torch.randperm(vocab, generator=generator)]
+    with torch.device("cpu"):
+        shuffled = torch.stack([torch.randperm(experts, generator=generator) for _ in range(runs)])  # [runs, E]
+        place = torch.arange(experts).unsqueeze(-1) + torch.arange(k)  # [E, K]
+        table = shuffled[:, place % experts].flatten(0, 1)[:vocab]  # [vocab, K]
+        return table[torch.randperm(vocab, generator=generator)]

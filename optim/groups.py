@@ -94,7 +94,7 @@ def rule_for(name: str) -> Rule:
     """The one rule whose pattern matches the whole of `name`; ConfigError when there is not exactly one."""
     found = [rule for rule in RULES if re.fullmatch(rule.pattern, name)]
     if len(found) != 1:
-        raise ConfigError(f"{len(found)} optimizer rules match parameter {name!r}; give it one row in optim/groups.py")
+        raise ConfigError(f"{len(found)} rules match parameter {name!r}; give it one in optim/groups.py")
     return found[0]
 
 
@@ -104,10 +104,10 @@ def block_rows(name: str, shape: torch.Size, model_config: Any) -> tuple[int, ..
     Raises ConfigError when the blocks of `model_config` do not fill the tensor.
     """
     if len(shape) < 2:
-        raise ConfigError(f"parameter {name!r} has shape {tuple(shape)}, but Muon needs a matrix; see optim/groups.py")
+        raise ConfigError(f"{name!r} has shape {list(shape)}, no matrix; give it to AdamW in optim/groups.py")
     blocks = rule_for(name).blocks(model_config, shape[-2])
     if sum(blocks) != shape[-2]:
-        raise ConfigError(f"parameter {name!r} has {shape[-2]} rows, but the model config makes blocks of {blocks}")
+        raise ConfigError(f"{name!r} has {shape[-2]} rows, not the blocks {blocks} of optim/groups.py")
     return blocks
 
 
@@ -139,11 +139,11 @@ def _empty_group(algorithm: str, set_name: str, config: OptimConfig) -> dict[str
     lr = config.lr
     if set_name == "indexer" and config.indexer_lr is not None:
         lr = config.indexer_lr
-    group: dict[str, Any] = {"params": [], "names": [], "algorithm": algorithm, "set": set_name, "active": True}
-    group |= {"lr": lr, "lr_scale": lr / config.lr, "weight_decay": config.weight_decay}
+    group: dict[str, Any] = {"params": [], "names": [], "algorithm": algorithm, "set": set_name}
+    group |= {"active": True, "lr": lr, "lr_scale": lr / config.lr, "weight_decay": config.weight_decay}
     if algorithm == "muon":
-        dtype = config.newton_schulz_dtype
-        return group | {"blocks": [], "momentum": config.momentum, "update_rms": config.update_rms, "dtype": dtype}
+        group |= {"blocks": [], "momentum": config.momentum, "update_rms": config.update_rms}
+        return group | {"newton_schulz_dtype": config.newton_schulz_dtype}
     return group | {"betas": tuple(config.betas), "eps": config.eps}
 
 
@@ -156,12 +156,13 @@ def set_active(groups: Iterable[dict[str, Any]], set_name: str, active: bool) ->
 
 def group_rows(groups: Iterable[dict[str, Any]]) -> list[GroupRow]:
     """One row a group, for printing; the examples are three different kinds of parameter."""
-    rows = []
+    table = []
     for group in groups:
         params, names = group["params"], group["names"]
-        matrices = sum(p.shape[:-2].numel() * len(b) for p, b in zip(params, group.get("blocks", ()), strict=False))
+        blocks = group.get("blocks", [()] * len(params))
+        matrices = sum(p.shape[:-2].numel() * len(rows) for p, rows in zip(params, blocks, strict=True))
         kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-        rows.append(
+        table.append(
             GroupRow(
                 group=f"{group['set']}-{group['algorithm']}",
                 algorithm=group["algorithm"],
@@ -172,4 +173,4 @@ def group_rows(groups: Iterable[dict[str, Any]]) -> list[GroupRow]:
                 examples=", ".join(list(kinds)[:3]),
             )
         )
-    return rows
+    return table

@@ -13,8 +13,6 @@ from torch import Tensor
 from configs.errors import ConfigError
 from optim.newton_schulz import newton_schulz
 
-CHUNK_ELEMENTS = 2**26  # of one Newton-Schulz batch; a larger matrix is a batch of its own
-
 
 def split_blocks(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
     """Views of `tensor` [..., sum(rows), m] as its single matrices [rows_i, m], block after block."""
@@ -23,24 +21,29 @@ def split_blocks(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
 
 
 def muon_step(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
     *,
     lr: float,
     momentum: float,
     weight_decay: float,
     update_rms: float,
     dtype: torch.dtype | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> None:
     """One Muon step, in place on weights and momenta, all lists of single matrices [n, m] (views are fine).
 
     M <- momentum M + G;  O = NewtonSchulz(momentum M + G) sqrt(max(n, m)) update_rms;
     W <- W (1 - lr weight_decay) - lr O. A full-rank O has the root mean square `update_rms`.
-    Source: DeepSeek-V4 report, "Muon optimizer". `dtype` is that of the Newton-Schulz products.
-    Equal shapes are orthogonalised together, at most `chunk_elements` numbers at once.
+    Source: DeepSeek-V4 report, "Muon optimizer".
+
+    dtype           of the Newton-Schulz products; default: the momenta's
+    chunk_elements  equal shapes are orthogonalised together, at most so many numbers at once (but always
+                    one matrix); default: what fits a CPU's cache, or what fills a GPU
     """
+    if chunk_elements is None:
+        chunk_elements = 2**19 if weights[0].device.type == "cpu" else 2**26
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, grads)
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
@@ -52,7 +55,7 @@ def muon_step(
         torch._foreach_add_([weights[i] for i in chunk], update.unbind(), alpha=scale)
 
 
-def _same_shape_chunks(matrices: Sequence[Tensor], elements: int) -> Iterator[list[int]]:
+def _same_shape_chunks(matrices: list[Tensor], elements: int) -> Iterator[list[int]]:
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         by_shape[matrix.shape].append(index)
@@ -63,10 +66,10 @@ def _same_shape_chunks(matrices: Sequence[Tensor], elements: int) -> Iterator[li
 
 
 def adamw_step(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     *,
     step: int,
     lr: float,
@@ -89,9 +92,10 @@ def adamw_step(
 class HybridOptimizer(torch.optim.Optimizer):
     """Muon and AdamW over the groups of `optim.groups.build_groups`.
 
-    Moments are fp32 whatever the parameter's dtype: `momentum` for Muon; `exp_avg`, `exp_avg_sq` and `step` for
-    AdamW. An inactive group is left alone altogether. So is a parameter without a gradient: None says that it
-    took no part in this step, and since Newton-Schulz ignores size, old momentum would move it at full speed.
+    Moments are fp32 whatever the parameter's dtype: `momentum` for Muon; `exp_avg`, `exp_avg_sq` and `step`
+    for AdamW. An inactive group is left alone altogether. So is a parameter without a gradient: None says
+    that it took no part in this step, and since Newton-Schulz ignores size, old momentum would move it at
+    full speed.
     The class is not named after Muon because DeepSpeed takes that word in a name for its own optimizer.
     """
 
@@ -100,7 +104,7 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update every active group from `.grad`, which stays as it is; returns the closure's loss, if any."""
+        """Update every active group from `.grad`, which stays as it is; returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,7 +117,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         return loss
 
     def _muon_group(self, group: dict[str, Any]) -> None:
-        weights, grads, momenta = [], [], []
+        weights: list[Tensor] = []
+        grads: list[Tensor] = []
+        momenta: list[Tensor] = []
         for parameter, rows in zip(group["params"], group["blocks"], strict=True):
             if parameter.grad is not None:
                 weights += split_blocks(parameter, rows)
@@ -128,7 +134,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 update_rms=group["update_rms"],
-                dtype=_products_dtype(group["dtype"], weights[0].device),
+                dtype=_products_dtype(group["newton_schulz_dtype"], weights[0].device),
             )
 
     def _adamw_group(self, group: dict[str, Any]) -> None:
@@ -164,8 +170,8 @@ class HybridOptimizer(torch.optim.Optimizer):
         torch casts moments to the dtype of the parameter; here they stay fp32.
         """
         ours = [group["names"] for group in self.param_groups]
-        if ours != [group["names"] for group in state_dict["param_groups"]]:
-            raise ConfigError("the optimizer state is of other parameters; load it into the model that it came from")
+        if ours != [group.get("names") for group in state_dict["param_groups"]]:
+            raise ConfigError("the optimizer state is of another model; load it into the one it came from")
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

@@ -18,8 +18,8 @@ def decay_start(total_steps: int, config: OptimConfig) -> int:
     start = total_steps - round(config.decay_fraction * total_steps)
     if config.warmup_steps > start:
         raise ConfigError(
-            f"optim.warmup_steps is {config.warmup_steps}, but the decay starts at step {start} of {total_steps}; "
-            "lower optim.warmup_steps or optim.decay_fraction, or train longer"
+            f"optim.warmup_steps is {config.warmup_steps}, but decay starts at step {start} of {total_steps};"
+            " lower optim.warmup_steps or optim.decay_fraction, or train longer"
         )
     return start
 
@@ -27,15 +27,15 @@ def decay_start(total_steps: int, config: OptimConfig) -> int:
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of `step`, counted from 0 to total_steps - 1.
 
-    Step warmup_steps - 1 is the first at `lr`, step decay_start - 1 the last one, and step total_steps - 1 is
-    the first at lr * final_lr_ratio, which also holds for every later step. Step 0 is lr / warmup_steps.
+    Step 0 has lr / warmup_steps, step warmup_steps - 1 is the first at `lr`, step decay_start - 1 the last,
+    and step total_steps - 1 the first at lr * final_lr_ratio, which also holds for every later step.
     """
     start = decay_start(total_steps, config)
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    if step < start:
+    if step < start or start == total_steps:
         return config.lr
-    progress = min((step + 1 - start) / max(total_steps - start, 1), 1.0)
+    progress = min((step + 1 - start) / (total_steps - start), 1.0)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
 

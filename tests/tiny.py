@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.config import ModelConfig
 from model.init import initialize
@@ -54,7 +55,7 @@ def tiny_config(layers: str = "sch", hash_layers: int = 1, **changes: Any) -> Mo
             "main": {"rope_type": "default", "rope_theta": 10000.0},
             "compress": compress,
         },
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 1024,
     }
     return ModelConfig(**{**values, **changes})
 
@@ -72,3 +73,45 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> ForCausalLM:
                 bias = moe.gate.e_score_correction_bias
                 bias += 0.1 * torch.randn(bias.shape, generator=generator)
     return model
+
+
+def packed_batch(rows: list[list[int]], length: int, vocab: int = 96, depth: int = 0) -> dict[str, Tensor]:
+    """A batch [B, length] of random documents of these lengths, one list a row, then padding (eos, id 1).
+
+    Written token by token, so that it can be an oracle for what derives positions or targets.
+    """
+    generator = torch.Generator().manual_seed(len(rows) * 1000 + length)
+    shape = (len(rows), length)
+    batch = {
+        "input_ids": torch.full(shape, 1),
+        "labels": torch.full(shape, -100),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+        "document_ids": torch.full(shape, -1),
+        "next_ids": torch.full((*shape, depth), -100),
+    }
+    for b, start, size, document in documents(rows):
+        text = torch.randint(2, vocab, (size,), generator=generator)
+        for t in range(size):
+            batch["input_ids"][b, start + t] = text[t]
+            batch["position_ids"][b, start + t] = t
+            batch["document_ids"][b, start + t] = document
+            following = [int(text[j]) if j < size else -100 for j in range(t + 1, t + 2 + depth)]
+            batch["labels"][b, start + t] = following[0]
+            batch["next_ids"][b, start + t] = torch.tensor(following[1:], dtype=torch.int64)
+    for b, lengths in enumerate(rows):
+        batch["position_ids"][b, sum(lengths) :] = torch.arange(length - sum(lengths))
+    return batch
+
+
+def documents(rows: list[list[int]]) -> list[tuple[int, int, int, int]]:
+    """(row, first token, length, number in the row) of every document."""
+    return [
+        (b, sum(lengths[:i]), size, i) for b, lengths in enumerate(rows) for i, size in enumerate(lengths)
+    ]
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the reference's norm."""
+    norm = reference.double().norm().item()
+    difference = (ours.double() - reference.double()).norm().item()
+    return difference / norm if norm else difference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,11 +55,12 @@ def train_step(engine: TorchEngine, batch: Batch, config: RunConfig, step: int) 
         for load, indices in zip(loads, output.expert_indices, strict=True):
             load += expert_loads(indices, len(load), micro["document_ids"] >= 0)
     norms = engine.step(lr)
+    logged = {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
     for moe, load in zip(moes, loads, strict=True):
         if not moe.gate.is_hash:
             update_bias(moe.gate.e_score_correction_bias, load, config.train.bias_update_rate)
-    imbalance = torch.stack([load.max() * len(load) / load.sum().clamp(min=1) for load in loads]).max()
-    logged = {**sums, **{f"grad_norm_{name}": norm for name, norm in norms.items()}, "max_load": imbalance}
+            busiest = load.max() * len(load) / load.sum().clamp(min=1)  # over the mean load, 1 is balanced
+            logged["max_load"] = torch.maximum(logged.get("max_load", busiest), busiest)
     return {"step": step + 1, "lr": lr, **{name: float(value) for name, value in logged.items()}}
 
 
@@ -151,6 +153,7 @@ class Run:
 
     def finish(self, valid: float) -> None:
         config = self.config
+        shutil.rmtree(self.folder / "model", ignore_errors=True)  # of a run that is finished once more
         save_pretrained(self.engine.model, self.folder / "model")
         prompt, length = config.train.sample_prompt, config.train.sample_tokens
         text = ""

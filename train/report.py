@@ -74,9 +74,9 @@ class Report:
             f"balance {logged['balance']:.3f}",
             f"lr {logged['lr']:.2e}",
             f"norm {logged['grad_norm_model']:.3f}",
-            f"load {logged['max_load']:.2f}",
-            f"{rate:,.0f} tokens/s",
         ]
+        parts += [f"load {logged['max_load']:.2f}"] if "max_load" in logged else []
+        parts += [f"{rate:,.0f} tokens/s"]
         parts += [f"mfu {speed['mfu']:.1%}"] if "mfu" in speed else []
         self._line("  ".join(parts))
 

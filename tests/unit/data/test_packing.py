@@ -31,9 +31,7 @@ def test_packing_equals_a_naive_best_fit(lengths):
 
 @given(lengths_of_documents, st.integers(1, 20))
 def test_splitting_covers_every_document_in_order(lengths, capacity):
-    expected = [
-        (d, a, min(capacity, n - a)) for d, n in enumerate(lengths) for a in range(0, n, capacity)
-    ]
+    expected = [(d, a, min(capacity, n - a)) for d, n in enumerate(lengths) for a in range(0, n, capacity)]
     found = zip(*(x.tolist() for x in split_long(np.array(lengths), capacity)), strict=True)
     assert list(found) == expected
 
@@ -67,7 +65,9 @@ def naive_batch(rows, seq_len, depth, fill):
 
 @settings(deadline=None)
 @given(
-    st.lists(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=3), min_size=1, max_size=4),
+    st.lists(
+        st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=3), min_size=1, max_size=4
+    ),
     st.integers(0, 3),
 )
 def test_a_batch_equals_a_naive_loop(rows, depth):

@@ -99,7 +99,10 @@ def mixed(folder: Path) -> None:
         (bad_column, "data.text_column: 'text' is not a column of .*a.jsonl; it has body"),
         (lambda f: pq.write_table(pa.table({"b": ["x"]}), f / "a.parquet"), "data.text_column: .* it has b"),
         (numbers, "data.text_column: 'text' of .*a.parquet holds int64, not text"),
-        (lambda f: (f / "a.jsonl").write_text('{"text": "a"}\n{broken\n'), "data.path: .*a.jsonl cannot be read"),
+        (
+            lambda f: (f / "a.jsonl").write_text('{"text": "a"}\n{broken\n'),
+            "data.path: .*a.jsonl cannot be read",
+        ),
         (lambda f: (f / "a.jsonl.gz").write_text("no gzip"), "data.path: .*a.jsonl.gz cannot be read"),
         (lambda f: (f / "a.parquet").write_text("zz"), "data.path: .*a.parquet cannot be read"),
     ],

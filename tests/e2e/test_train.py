@@ -1,0 +1,141 @@
+"""`python -m train` as a person runs it: repeatable, resumable, on one's own text, with clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "model.head_dim=32",
+    "model.q_lora_rank=16",
+    "model.o_lora_rank=16",
+    "model.moe_intermediate_size=16",
+    "model.n_routed_experts=4",
+    "model.vocab_size=300",
+    "model.index_topk=8",
+    "train.steps=6",
+    "train.seq_len=64",
+    "train.micro_batch=2",
+    "train.batch_tokens=256",
+    "train.eval_every=3",
+    "train.eval_tokens=512",
+    "train.save_every=3",
+    "train.log_every=1",
+    "train.sample_tokens=8",
+    "optim.warmup_steps=2",
+    "optim.decay_fraction=0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(60):
+        lines = [f"The {word} of number {number} is {number * k}." for k, word in enumerate(["root", "sum", "cube"] * 12)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def command(corpus: Path, cwd: Path, *extra: str) -> list[str]:
+    data = [f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", "data.validation_fraction=0.2"]
+    return [sys.executable, "-m", "train", *SMALL, *data, f"run.dir={cwd / 'runs'}", *extra]
+
+
+def run(corpus: Path, cwd: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        command(corpus, cwd, *extra), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_repeats_resumes_and_exports(corpus: Path, tmp_path: Path) -> None:
+    first = run(corpus, tmp_path, "run.name=first")
+    assert first.returncode == 0, first.stderr
+    assert "validation loss" in first.stdout and "sample" in first.stdout
+    again = run(corpus, tmp_path, "run.name=again")
+    runs = tmp_path / "runs"
+    whole = (runs / "first" / "metrics.jsonl").read_text()
+    assert (runs / "again" / "metrics.jsonl").read_text() == whole, again.stderr
+    assert len([line for line in metrics(runs / "first") if "lm" in line]) == 6
+
+    # Half of it, then the rest from its checkpoint: the same lines.
+    from_three = run(corpus, tmp_path, f"resume={runs / 'again' / 'checkpoints' / 'step-00000003'}")
+    assert from_three.returncode == 0, from_three.stderr
+    assert (runs / "again" / "metrics.jsonl").read_text() == whole
+    assert (runs / "first" / "model" / "config.json").exists()
+    refused = run(corpus, tmp_path, "run.name=first")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "run.name" in refused.stderr
+
+
+def test_kill_minus_nine_then_resume_auto_is_exact(corpus: Path, tmp_path: Path) -> None:
+    whole = run(corpus, tmp_path, "run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(
+        command(corpus, tmp_path, "run.name=killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = run(corpus, tmp_path, "run.name=killed", "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    runs = tmp_path / "runs"
+    assert (runs / "killed" / "metrics.jsonl").read_text() == (runs / "whole" / "metrics.jsonl").read_text()
+
+
+def test_interrupt_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    started = subprocess.Popen(
+        command(corpus, tmp_path, "run.name=stopped", "train.steps=2000", "train.save_every=2000"),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None
+    for line in started.stdout:
+        if line.startswith("step      2"):
+            break
+    started.send_signal(signal.SIGINT)
+    rest = started.stdout.read()
+    assert started.wait() == 130
+    assert "python -m train resume=" in rest
+    assert list((tmp_path / "runs" / "stopped" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["train.stepz=3"], "train.stepz"),
+        (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["resume=/nowhere"], "resume"),
+        (["train.device=cuda"], "train.device"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(corpus: Path, tmp_path: Path, extra: list[str], words: str) -> None:
+    if extra == ["train.device=cuda"]:
+        import torch
+
+        if torch.cuda.is_available():
+            return
+    failed = run(corpus, tmp_path, *extra)
+    assert failed.returncode == 2
+    assert words in failed.stderr and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,148 @@
+"""The model's parts once more, slowly: loops over tokens, heads and experts, from the equations alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+Weights = dict[str, Tensor]
+
+
+def attention(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None,
+    visible: Tensor | None,
+    sinks: Tensor,
+    positions: Tensor,
+    window: int,
+) -> Tensor:
+    """One softmax per token over its window, its visible entries and the sink: as `shared_kv_attention`."""
+    rows = []
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            keys = kv[b, max(t - int(positions[b, t]), t - window + 1) : t + 1]
+            if entries is not None and visible is not None:
+                keys = torch.cat((keys, entries[b, visible[b, t]]))
+            logits = q[b, t] @ keys.T / math.sqrt(q.shape[-1])  # [H, J]
+            weights = logits.exp() / (sinks.exp() + logits.exp().sum(-1)).unsqueeze(-1)
+            rows.append(weights @ keys)
+    return torch.stack(rows).view_as(q)
+
+
+def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float, dims: int, sign: int = 1) -> Tensor:
+    """Multiply pairs of the last `dims` channels of x [..., S, C] by exp(sign * i * position * frequency)."""
+    frequency = theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = sign * positions.double().unsqueeze(-1) * frequency
+    turn = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.view_as_complex(x[..., -dims:].double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.cat((x[..., :-dims], torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)), dim=-1)
+
+
+def sliding_attention(w: Weights, config: ModelConfig, x: Tensor) -> Tensor:
+    """Self-attention of one document x [S, D] in a sliding-window layer."""
+    heads, channels, dims = config.num_attention_heads, config.head_dim, config.qk_rope_head_dim
+    theta = config.rope_parameters["main"]["rope_theta"]
+    position = torch.arange(len(x))
+    q = norm(x @ w["q_a_proj.weight"].T, w["q_a_norm.weight"]) @ w["q_b_proj.weight"].T
+    q = norm(q.view(len(x), heads, channels)).transpose(0, 1)  # [H, S, C]
+    q = rotate(q, position, theta, dims).transpose(0, 1)
+    kv = rotate(norm(x @ w["kv_proj.weight"].T, w["kv_norm.weight"]), position, theta, dims)
+    window = config.sliding_window
+    out = attention(q[None], kv[None], None, None, w["sinks"], position[None], window)[0]
+    out = rotate(out.transpose(0, 1), position, theta, dims, -1).transpose(0, 1)
+    groups = out.flatten(1).chunk(config.o_groups, dim=-1)
+    matrices = w["o_a_proj.weight"].chunk(config.o_groups)
+    return torch.cat([g @ m.T for g, m in zip(groups, matrices)], dim=-1) @ w["o_b_proj.weight"].T
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float) -> Tensor:
+    """One expert, x [D]."""
+    a, b = gate @ x, up @ x
+    a, b = torch.minimum(a, torch.tensor(limit)), b.clamp(-limit, limit)
+    return down @ (a * torch.sigmoid(a) * b)
+
+
+def moe(
+    w: Weights, config: ModelConfig, x: Tensor, table: Tensor | None = None, ids: Tensor | None = None
+) -> Tensor:
+    """Tokens x [n, D] one by one through their experts; `table` [V, K] and `ids` [n] for hash routing."""
+    k, limit, out = config.num_experts_per_tok, config.swiglu_limit, []
+    for token in range(len(x)):
+        affinity = torch.log1p((w["gate.weight"] @ x[token]).exp()).sqrt()
+        if table is not None and ids is not None:
+            chosen = table[ids[token]].tolist()
+        else:
+            ranked = affinity + w["gate.e_score_correction_bias"]
+            chosen = sorted(range(len(ranked)), key=lambda e: -float(ranked[e]))[:k]
+        total = sum(affinity[e] for e in chosen)
+        shared = [w[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")]
+        y = swiglu(x[token], *shared, limit)
+        for e in chosen:
+            gate, up = w["experts.gate_up_proj"][e].chunk(2)
+            weight = config.routed_scaling_factor * affinity[e] / total
+            y = y + weight * swiglu(x[token], gate, up, w["experts.down_proj"][e], limit)
+        out.append(y)
+    return torch.stack(out)
+
+
+def hyper_weights(w: Weights, config: ModelConfig, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """pre [N], post [N] and comb [N, N] of one token's streams [N, D]."""
+    n, eps = config.hc_mult, config.hc_eps
+    mixes = w["fn"] @ norm(streams.flatten())
+    pre, post, comb = mixes.split([n, n, n * n])
+    b_pre, b_post, b_comb = w["base"].split([n, n, n * n])
+    pre = torch.sigmoid(w["scale"][0] * pre + b_pre) + eps
+    post = 2 * torch.sigmoid(w["scale"][1] * post + b_post)
+    rows = (w["scale"][2] * comb + b_comb).view(n, n).exp()
+    comb = rows / rows.sum(1, keepdim=True) + eps
+    comb = comb / (comb.sum(0, keepdim=True) + eps)
+    for _ in range(config.hc_sinkhorn_iters - 1):
+        comb = comb / (comb.sum(1, keepdim=True) + eps)
+        comb = comb / (comb.sum(0, keepdim=True) + eps)
+    return pre, post, comb
+
+
+def mixed(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """new X_j = post_j * output + sum_i comb_ij X_i, with streams [N, D] and output [D]."""
+    rows = []
+    for j in range(len(streams)):
+        row = post[j] * output
+        for i in range(len(streams)):
+            row = row + comb[i, j] * streams[i]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def head(w: Weights, config: ModelConfig, streams: Tensor) -> Tensor:
+    """Streams [S, N, D] of one document -> [S, D]."""
+    mixes = norm(streams.flatten(1)) @ w["hc_fn"].T
+    pre = torch.sigmoid(mixes * w["hc_scale"] + w["hc_base"]) + config.hc_eps
+    return (pre.unsqueeze(-1) * streams).sum(1)
+
+
+def sliding_block(w: Weights, config: ModelConfig, streams: Tensor) -> Tensor:
+    """A decoder layer with sliding-window attention and a top-k MoE on one document [S, N, D]."""
+
+    def around(streams: Tensor, name: str, norm_name: str, block) -> Tensor:
+        weights = [hyper_weights(part(w, name), config, token) for token in streams]
+        x = torch.stack([pre @ token for (pre, _, _), token in zip(weights, streams)])
+        out = block(norm(x, w[f"{norm_name}.weight"]))
+        return torch.stack([mixed(x, o, post, comb) for x, o, (_, post, comb) in zip(streams, out, weights)])
+
+    attn, mlp = part(w, "self_attn"), part(w, "mlp")
+    streams = around(streams, "attn_hc", "input_layernorm", lambda x: sliding_attention(attn, config, x))
+    return around(streams, "ffn_hc", "post_attention_layernorm", lambda x: moe(mlp, config, x))
+
+
+def part(weights: Weights, prefix: str) -> Weights:
+    """The weights below a prefix, without it."""
+    return {name[len(prefix) + 1 :]: w for name, w in weights.items() if name.startswith(f"{prefix}.")}

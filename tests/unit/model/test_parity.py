@@ -1,0 +1,152 @@
+"""Same weights in, same logits and gradients out: against `DeepseekV4ForCausalLM` of transformers, in fp32.
+
+Some gradients, such as that of a hyper-connection's three scales, are sums over all tokens that nearly
+cancel: two correct fp32 programs may differ by more than 1e-5 in them. There our model in fp64 arbitrates:
+we may be as far from it as transformers is, no further. A comparison means something only where rounding
+cannot change a choice, so the margins of every top-k are asserted too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4ForCausalLM,
+    DeepseekV4RotaryEmbedding,
+)
+
+import model.indexer
+from model.config import ModelConfig
+from model.hf import to_hf_state_dict
+from model.kernels.indexer import index_scores, select_entries
+from model.model import ForCausalLM
+from model.moe import Router
+from model.rope import inverse_frequencies
+from tests.tiny import FLASH, PRO, relative, tiny_config, tiny_model
+
+TOLERANCE = 1e-5
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "model"
+LENGTHS = (1, 3, 4, 127, 128, 129, 261, 389)
+SINGLE = [(kind, hashed, length) for kind in "sch" for hashed in (0, 1) for length in (5, 50, 300)]
+PATTERNS = [(pattern, 2, length) for pattern in (FLASH, PRO) for length in LENGTHS]
+
+
+def oracle_with_weights_of(ours: ForCausalLM) -> DeepseekV4ForCausalLM:
+    config = DeepseekV4Config(**ours.config.to_hf())
+    oracle = DeepseekV4ForCausalLM._from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).float()
+    oracle.load_state_dict(to_hf_state_dict(ours.state_dict(), ours.config), strict=True)
+    return oracle
+
+
+class Margins:
+    """Watches every top-k of a model: the relative gap between the last kept and the first left out."""
+
+    def __init__(self, ours: ForCausalLM, monkeypatch: pytest.MonkeyPatch):
+        self.indexer: list[Tensor] = []
+        self.router: list[Tensor] = []
+        monkeypatch.setattr(model.indexer, "select_entries", self._select)
+        for module in ours.modules():
+            if isinstance(module, Router) and not module.is_hash:
+                module.register_forward_hook(self._route)
+
+    def _select(self, q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, topk: int) -> Tensor:
+        scores = index_scores(q.double(), k.double(), weights.double())
+        self.indexer.append(gap(scores.masked_fill(~visible, -torch.inf)[visible.sum(-1) > topk], topk))
+        return select_entries(q, k, weights, visible, topk)
+
+    def _route(self, router: Router, inputs: tuple, routing) -> None:
+        self.router.append(gap(routing.affinities + router.e_score_correction_bias, router.k))
+
+
+def gap(scores: Tensor, k: int) -> Tensor:
+    """Between the k-th and the next score [n, E], relative to the root mean square of each row's finite ones."""
+    if scores.numel() == 0:
+        return scores.new_zeros(0)
+    best = scores.topk(k + 1, dim=-1).values
+    finite = scores.masked_fill(scores.isinf(), 0)
+    scale = (finite.square().sum(-1) / scores.isfinite().sum(-1)).sqrt()
+    return (best[:, -2] - best[:, -1]) / scale
+
+
+def gradients(ours: ForCausalLM, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    ours.zero_grad()
+    ours(ids, labels).losses["lm"][0].backward()
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    return {name: grad.clone() for name, grad in found.items()}
+
+
+def hf_names(ours: ForCausalLM) -> dict[str, str]:
+    """Our parameter's name -> transformers'."""
+    own = dict(ours.named_parameters())
+    theirs = {id(p): name for name, p in to_hf_state_dict(own, ours.config).items()}
+    return {name: theirs[id(p)] for name, p in own.items()}
+
+
+@pytest.mark.parametrize(("layers", "hashed", "length"), SINGLE + PATTERNS)
+def test_logits_and_every_gradient(
+    layers: str, hashed: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tiny_model(tiny_config(layers, hashed))
+    oracle, margins = oracle_with_weights_of(ours), Margins(ours, monkeypatch)
+    generator = torch.Generator().manual_seed(length)
+    ids, labels = torch.randint(0, ours.config.vocab_size, (2, 2, length), generator=generator)
+
+    logits = oracle(ids).logits
+    assert relative(ours(ids).logits, logits) <= TOLERANCE
+    assert_clear_choices(margins, ours.config, length)
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    theirs = {name: p.grad for name, p in oracle.named_parameters() if p.grad is not None}
+    mine, names = gradients(ours, ids, labels), hf_names(ours)
+    # The top-k passes no gradient: the indexer has none on either side. The rest has one on both.
+    assert {names[name] for name in mine} == set(theirs)
+    assert {name for name in names if name not in mine} == {name for name in names if ".indexer." in name}
+
+    difference = {name: relative(grad, theirs[names[name]]) for name, grad in mine.items()}
+    hard = {name for name, d in difference.items() if d > TOLERANCE}
+    assert len(hard) <= 5 and all(".scale" in n or "hc_" in n or ".base" in n for n in hard), hard
+    arbiter = gradients(ours.double(), ids, labels) if hard else {}
+    for name in hard:
+        error, oracle_error = relative(mine[name], arbiter[name]), relative(theirs[names[name]], arbiter[name])
+        assert error <= max(TOLERANCE, oracle_error), f"{name}: {error:.1e}, transformers {oracle_error:.1e}"
+
+
+def assert_clear_choices(margins: Margins, config: ModelConfig, length: int) -> None:
+    """Every choice is far clearer than fp32's rounding, and there were choices to make."""
+    sparse = config.layer_types.count("compressed_sparse_attention")
+    assert len(margins.indexer) == sparse
+    if sparse and length // 4 > config.index_topk:
+        assert all(len(gaps) == 2 * (length + 1 - 4 * (config.index_topk + 1)) for gaps in margins.indexer)
+    for gaps in margins.indexer + margins.router:
+        assert gaps.numel() == 0 or gaps.min() > TOLERANCE, gaps.min()
+
+
+def test_margins_see_a_tie() -> None:
+    assert gap(torch.tensor([[3.0, 2.0, 2.0, -torch.inf]]), 2).item() == 0
+    assert gap(torch.tensor([[2.0, 0.0, 1.0]]), 1).item() > 0.5
+
+
+@pytest.mark.parametrize("preset", ["v4_flash", "v4_pro", None])
+def test_inverse_frequencies(preset: str | None) -> None:
+    values = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) if preset else None
+    config = ModelConfig(**values) if values else tiny_config("sch")
+    oracle = DeepseekV4RotaryEmbedding(DeepseekV4Config(**config.to_hf()))
+    ours = {
+        kind: inverse_frequencies(rope, config.qk_rope_head_dim)
+        for kind, rope in config.rope_parameters.items()
+    }
+    for kind, frequencies in ours.items():
+        theirs = getattr(oracle, f"{kind}_inv_freq")
+        assert frequencies.shape == theirs.shape == (config.qk_rope_head_dim // 2,)
+        assert ((frequencies - theirs).abs() <= 1e-6 * theirs).all()
+        assert getattr(oracle, f"{kind}_attention_scaling") == 1.0
+    slowest = 160000.0 ** -(1 - 2 / config.qk_rope_head_dim)
+    assert ours["compress"][-1] == pytest.approx(slowest / 16, rel=1e-5)  # YaRN is on
+    assert ours["compress"][0] == 1 == ours["main"][0]

@@ -1,0 +1,58 @@
+"""Checkpoints: whole or absent, and one clear line for what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from train import checkpoint
+from train.metrics import JsonLines, keep_until
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"weight.a": torch.full((3, 4), value), "step.a": torch.tensor(value)}
+
+
+def test_round_trip_and_keep(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, step, tensors(step), {"step": step}, keep=2)
+    assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000010", "step-00000015"]
+    read, meta = checkpoint.load(checkpoint.all_steps(tmp_path)[-1], "cpu")
+    assert meta == {"step": 15}
+    assert torch.equal(read["weight.a"], tensors(15)["weight.a"])
+
+
+def test_a_save_that_dies_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 5, tensors(5), {"step": 5})
+
+    def die(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "sync", die)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, 10, tensors(10), {"step": 10})
+    assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.META])
+def test_a_torn_file_is_one_line(tmp_path: Path, file: str) -> None:
+    folder = checkpoint.save(tmp_path, 5, tensors(5), {"step": 5})
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="not a whole checkpoint") as error:
+        checkpoint.load(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path)
+    for step in range(1, 6):
+        log.write(step=step, lm=float(step))
+    with path.open("a") as file:
+        file.write('{"step": 6, "lm"')  # killed while writing
+    keep_until(path, 3)
+    assert [line.partition(",")[0] for line in path.read_text().splitlines()] == [f'{{"step": {n}' for n in (1, 2, 3)]

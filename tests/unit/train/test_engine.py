@@ -1,0 +1,154 @@
+"""The reference engine: exact accumulation, masters, clipping, refusal of what is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.compose import compose
+from configs.errors import ConfigError
+from model.init import initialize
+from model.model import ForCausalLM
+from tests.tiny import tiny_config
+from train.config import RunConfig
+from train.engine import Batch, TorchEngine
+from train.loop import loss_weights, train_step
+
+
+def run_config(batch_rows: int = 4, micro: int = 4, length: int = 40, **model: object) -> RunConfig:
+    base = compose(["optim.warmup_steps=1", "optim.lr=0.01", "optim.decay_fraction=0.5"])
+    model_config = tiny_config("sc", 1, num_nextn_predict_layers=1, **model)
+    train = replace(base.train, steps=10, seq_len=length, micro_batch=micro, batch_tokens=batch_rows * length)
+    data = replace(base.data, tokenizer=replace(base.data.tokenizer, kind="file", path="x", vocab_size=90))
+    return RunConfig(model_config, data, base.optim, base.precision, train, base.run)
+
+
+def uneven_batch(rows: int = 4, length: int = 40) -> Batch:
+    """Packed rows with different numbers of labels, and one row with much padding."""
+    torch.manual_seed(0)
+    ids = torch.randint(2, 90, (rows, length + 2))
+    documents = torch.zeros(rows, length, dtype=torch.int64)
+    documents[1, 17:] = 1
+    documents[2, 5:] = -1
+    ends = torch.ones(rows, length, dtype=torch.bool)
+    ends[:, :-1] = documents[:, 1:] != documents[:, :-1]
+    labels = ids[:, 1:-1].masked_fill(ends | (documents < 0), -100)
+    before_end = torch.cat((ends[:, 1:], torch.ones(rows, 1, dtype=torch.bool)), dim=1)
+    further = ids[:, 2:].masked_fill((labels == -100) | before_end, -100)
+    positions = torch.arange(length).expand(rows, -1).clone()
+    positions[1, 17:] -= 17
+    positions[2, 5:] -= 5
+    return {
+        "input_ids": ids[:, :-2],
+        "labels": labels,
+        "position_ids": positions,
+        "document_ids": documents,
+        "next_ids": further.unsqueeze(-1),
+    }
+
+
+def engine_for(config: RunConfig, dtype: torch.dtype = torch.float32) -> TorchEngine:
+    return TorchEngine(initialize(ForCausalLM(config.model), 0), config.optim, dtype)
+
+
+def test_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over counts of the whole step: 4 rows at once or one by one give the same losses and gradients."""
+    grads: list[dict[str, torch.Tensor]] = []
+
+    def keep_gradients(engine: TorchEngine, lr: float) -> dict[str, torch.Tensor]:
+        grads.append({name: p.grad for name, p in engine.masters.items() if p.grad is not None})
+        return {"model": torch.zeros(())}
+
+    monkeypatch.setattr(TorchEngine, "step", keep_gradients)
+    whole, parts = (
+        train_step(engine_for(config), uneven_batch(), config, 0) for config in (run_config(micro=4), run_config(micro=1))
+    )
+    assert parts == pytest.approx(whole, rel=1e-6)
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 50
+    for name, grad in grads[0].items():
+        assert torch.linalg.vector_norm(grad - grads[1][name]) <= 2e-5 * torch.linalg.vector_norm(grad), name
+
+
+def test_loss_falls_on_one_batch() -> None:
+    config = run_config()
+    engine = engine_for(config)
+    losses = [train_step(engine, uneven_batch(), config, step)["lm"] for step in range(8)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_bf16_keeps_fp32_masters_and_gradients() -> None:
+    config = run_config()
+    engine = engine_for(config, torch.bfloat16)
+    batch = uneven_batch()
+    for _ in range(2):
+        output = engine(batch)
+        engine.backward(output.losses["lm"][0] / output.losses["lm"][1])
+    name = "layers.0.self_attn.q_a_proj.weight"
+    weight, master = engine.narrow[name], engine.masters[name]
+    assert weight.dtype == torch.bfloat16 and weight.grad is None
+    assert master.dtype == torch.float32 and master.grad is not None and master.grad.dtype == torch.float32
+    assert "layers.0.mlp.gate.weight" not in engine.narrow  # routers stay fp32
+    once = run_config()
+    twin = engine_for(once, torch.bfloat16)
+    output = twin(batch)
+    twin.backward(output.losses["lm"][0] / output.losses["lm"][1])
+    twice = 2 * twin.masters[name].grad
+    assert torch.equal(master.grad, twice)  # accumulated in fp32: exactly twice
+    before = master.detach().clone()
+    engine.step(0.01)
+    assert not torch.equal(master, before)
+    assert torch.equal(weight, master.to(torch.bfloat16))
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    config = run_config()
+    engine = engine_for(config)
+    before = {name: p.detach().clone() for name, p in engine.masters.items()}
+    output = engine(uneven_batch())
+    engine.backward(output.losses["lm"][0] * float("nan"))
+    norms = engine.step(0.01)
+    assert not norms["model"].isfinite()
+    assert all(torch.equal(p, before[name]) for name, p in engine.masters.items())
+    assert all(p.grad is None for p in engine.masters.values())
+
+
+def test_state_round_trip_continues_exactly() -> None:
+    config = run_config()
+    engine = engine_for(config)
+    for step in range(3):
+        train_step(engine, uneven_batch(), config, step)
+    kept = {name: tensor.clone() for name, tensor in engine.state().items()}
+    expected = [train_step(engine, uneven_batch(), config, step) for step in (3, 4)]
+    resumed = engine_for(config)
+    resumed.load_state(kept)
+    assert [train_step(resumed, uneven_batch(), config, step) for step in (3, 4)] == expected
+    assert any(name.startswith("buffer.") and "e_score_correction_bias" in name for name in kept)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    engine = engine_for(run_config())
+    state = dict(engine.state())
+    del state["weight.norm.weight"]
+    with pytest.raises(ConfigError, match=r"norm\.weight"):
+        engine.load_state(state)
+    state = {**engine.state(), "weight.norm.weight": torch.zeros(5)}
+    with pytest.raises(ConfigError, match=r"norm\.weight is \[5\]"):
+        engine.load_state(state)
+
+
+def test_mtp_weight_falls_with_the_decay() -> None:
+    config = run_config()
+    assert loss_weights(config, 4)["mtp"] == config.train.mtp_loss_weight
+    assert loss_weights(config, 5)["mtp"] == config.train.mtp_decay_loss_weight
+
+
+def test_balance_bias_follows_the_loads() -> None:
+    config = run_config()
+    engine = engine_for(config)
+    train_step(engine, uneven_batch(), config, 0)
+    bias = engine.model.moes()[1].gate.e_score_correction_bias
+    rate = config.train.bias_update_rate
+    assert all(size in (0, pytest.approx(rate)) for size in bias.abs().unique().tolist())
+    assert bias.abs().max() > 0

@@ -102,7 +102,7 @@ class Loader:
                 )
         first, epoch, window = state["mark"]
         self._worker.submit(self._order.start_from, (first, epoch, window)).result()
-        self._g, self._ahead = state["g"], None
+        self._g = state["g"]
 
     def _build(self, g: int, n_sequences: int, stop: int | None = None) -> Batch:
         """Sequences g, g + 1, ... before `stop`. Runs on the worker thread alone, which owns the order."""

@@ -42,6 +42,8 @@ def muon_step(
     chunk_elements  equal shapes are orthogonalised together, at most so many numbers at once (but always
                     one matrix); default: what fits a CPU's cache, or what fills a GPU
     """
+    if not weights:
+        return
     if chunk_elements is None:
         chunk_elements = 2**19 if weights[0].device.type == "cpu" else 2**26
     torch._foreach_mul_(momenta, momentum)
@@ -125,17 +127,16 @@ class HybridOptimizer(torch.optim.Optimizer):
                 weights += split_blocks(parameter, rows)
                 grads += split_blocks(parameter.grad.contiguous(), rows)
                 momenta += split_blocks(self._moment(parameter, "momentum"), rows)
-        if weights:
-            muon_step(
-                weights,
-                grads,
-                momenta,
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                update_rms=group["update_rms"],
-                dtype=_products_dtype(group["newton_schulz_dtype"], weights[0].device),
-            )
+        muon_step(
+            weights,
+            grads,
+            momenta,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            update_rms=group["update_rms"],
+            dtype=_products_dtype(group["newton_schulz_dtype"], group["params"][0].device),
+        )
 
     def _adamw_group(self, group: dict[str, Any]) -> None:
         by_step: dict[int, list[Tensor]] = defaultdict(list)  # equal step counts share one call

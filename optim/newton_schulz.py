@@ -15,10 +15,11 @@ SMALLEST_NORM = 1e-15
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Replace the singular values of each matrix of `x` by about 1, and keep zero ones at zero.
+    """Replace the singular values of each matrix of `x` by about 1, and keep zero ones near zero.
 
     X / |X|_F, then X <- aX + b(XX^T)X + c(XX^T)^2 X for each (a, b, c) of STEPS. Singular values above
-    2.4e-5 |X|_F end within 1 +- 0.01; smaller ones end proportionally lower.
+    2.4e-5 |X|_F end within 1 +- 0.01; smaller ones end lower. Rounding to bfloat16 makes larger ones out
+    of nothing: there a matrix of low rank comes back with full rank.
 
     x      [..., n, m]: any number of matrices; not modified
     dtype  of the matrix products (default: x's own); the norm is fp32 or better

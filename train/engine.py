@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from model.hyper_connection import HyperConnection
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
@@ -22,13 +23,26 @@ from optim.schedule import set_lr
 Batch = Mapping[str, Tensor]
 
 
+def compile_hot_parts(model: nn.Module) -> None:
+    """torch.compile what is many small operations on the streams; large products stay library calls.
+
+    Whole layers compile for minutes and gain little more: their time is in products already.
+    """
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            module.enter = torch.compile(module.enter)  # type: ignore[method-assign]
+            module.leave = torch.compile(module.leave)  # type: ignore[method-assign]
+
+
 class TorchEngine:
     """Trains `model` in `compute_dtype`; weights that are computed in a narrower dtype get an fp32 master.
 
     The gradient of such a weight is added to its master's in fp32 as soon as backward has made it, and freed.
     """
 
-    def __init__(self, model: ForCausalLM, config: OptimConfig, compute_dtype: torch.dtype):
+    def __init__(
+        self, model: ForCausalLM, config: OptimConfig, compute_dtype: torch.dtype, compiled: bool = False
+    ):
         self.masters = dict(model.named_parameters())
         self.narrow: dict[str, nn.Parameter] = {}  # weights that have a master of their own
         if compute_dtype != torch.float32:
@@ -39,6 +53,8 @@ class TorchEngine:
         self.model = model.cast(compute_dtype)
         self.clip_norm = config.clip_norm
         self.optimizer = HybridOptimizer(build_groups(self.masters.items(), model.config, config))
+        if compiled:
+            compile_hot_parts(self.model)
         # Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
         set_active(self.optimizer.param_groups, "indexer", False)
 
@@ -106,7 +122,8 @@ class TorchEngine:
     def _accumulate_into(master: nn.Parameter) -> Any:
         def hook(parameter: Tensor) -> None:
             grad = parameter.grad
-            assert grad is not None
+            if grad is None:  # a compiled region says so of weights that took no part
+                return
             if master.grad is None:
                 master.grad = grad.float()
             else:

@@ -153,8 +153,7 @@ class Run:
 
     def finish(self, valid: float) -> None:
         config = self.config
-        shutil.rmtree(self.folder / "model", ignore_errors=True)  # of a run that is finished once more
-        save_pretrained(self.engine.model, self.folder / "model")
+        exported = self.export()
         prompt, length = config.train.sample_prompt, config.train.sample_tokens
         text = ""
         if length:
@@ -168,7 +167,17 @@ class Run:
                 mode=config.train.attention_mode,
             )
             (self.folder / "sample.txt").write_text(text)
-        self.report.finish(self.folder, valid, text)
+        self.report.finish(self.folder, valid, text, exported)
+
+    def export(self) -> str:
+        """Write the weights for others to load; returns where they are, or why there are none."""
+        folder = self.folder / "model"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that is finished once more
+        try:
+            save_pretrained(self.engine.model, folder)
+        except ConfigError as error:  # a baseline that no other library knows
+            return f"not exported: {error}"
+        return str(folder)
 
 
 def open_run(config: RunConfig) -> Run:
@@ -183,8 +192,11 @@ def open_run(config: RunConfig) -> Run:
         seed=config.train.seed,
     )
     with torch.device(device):
-        model = initialize(ForCausalLM(config.model), config.train.seed)
-    engine = TorchEngine(model, config.optim, getattr(torch, config.precision.compute_dtype))
+        model = ForCausalLM(config.model)
+    initialize(model, config.train.seed)
+    engine = TorchEngine(
+        model, config.optim, getattr(torch, config.precision.compute_dtype), config.train.compile
+    )
     step = 0
     if resumed:
         tensors, meta = checkpoint.load(resumed, str(device))
@@ -195,9 +207,6 @@ def open_run(config: RunConfig) -> Run:
             keep_until(folder / name, step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    if config.train.compile:
-        for layer in model.layers:
-            layer.compile()
     logs = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "timing.jsonl")
     return Run(config, folder, device, data, engine, Report(config.train), *logs, step=step)
 

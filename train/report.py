@@ -92,14 +92,14 @@ class Report:
         self.progress.stop()
         self.console.print(f"stopped after step {step}; go on with: python -m train resume={saved}", soft_wrap=True)
 
-    def finish(self, folder: Path, valid: float, sample: str) -> None:
+    def finish(self, folder: Path, valid: float, sample: str, exported: str) -> None:
         """The closing table, the sample, and what to try next."""
         self.progress.stop()
         table = Table(show_header=False, title="result", title_justify="left")
         seconds = time.perf_counter() - self.began
         table.add_row("validation loss", f"{self.first_valid:.3f} -> {valid:.3f} nats per token")
         table.add_row("time", f"{seconds // 60:.0f} min {seconds % 60:.0f} s")
-        table.add_row("weights, for transformers too", str(folder / "model"))
+        table.add_row("weights, for transformers too", exported)
         table.add_row("checkpoints", str(folder / "checkpoints"))
         table.add_row("metrics, timing", f"{folder / 'metrics.jsonl'}, {folder / 'timing.jsonl'}")
         table.add_row("configuration", str(folder / "config.yaml"))

@@ -2,8 +2,9 @@
 
     python -m tests.bench.train_step --model ref_1b7 --seq-len 4096 --batch 1 2 [--compile] [--no-peer]
 
-Both sides: bf16 compute, uniformly random tokens, learned routing (nothing forced), no MTP (transformers
-has none), weights drawn by each side's own initialisation. Fourfold: TorchEngine with fp32 masters, Muon,
+A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer step, on both sides. Both: bf16
+compute, uniformly random tokens, learned routing (nothing forced), no MTP (transformers has none), weights
+drawn by each side's own initialisation. Fourfold: TorchEngine with fp32 masters, Muon,
 balance loss and bias update. transformers: eager attention, grouped_mm experts, fused AdamW on bf16
 weights. Times are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16
 peak with `model.flops` for both.
@@ -26,7 +27,7 @@ from model.init import initialize
 from model.model import ForCausalLM
 from train.config import RunConfig
 from train.engine import TorchEngine
-from train.loop import train_step
+from train.loop import micro_batches, train_step
 from train.metrics import peak_flops
 
 CUDA = torch.device("cuda")
@@ -65,11 +66,8 @@ def random_batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
 
 def fourfold(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, float]:
     with CUDA:
-        model = initialize(ForCausalLM(config.model), 0)
-    engine = TorchEngine(model, config.optim, torch.bfloat16)
-    if config.train.compile:
-        for layer in model.layers:
-            layer.compile()
+        model = ForCausalLM(config.model)
+    engine = TorchEngine(initialize(model, 0), config.optim, torch.bfloat16, config.train.compile)
     batches = [random_batch(config, rows) for _ in range(4)]
     return timed(lambda i: train_step(engine, batches[i % 4], config, i), warmup, steps)
 
@@ -86,9 +84,9 @@ def peer(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, flo
     batches = [random_batch(config, rows) for _ in range(4)]
 
     def step(i: int) -> None:
-        batch = batches[i % 4]
-        logits = model(batch["input_ids"].to(CUDA), use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].to(CUDA).flatten()).backward()
+        for micro in micro_batches(batches[i % 4], config.train.micro_batch, CUDA):
+            logits = model(micro["input_ids"], use_cache=False).logits.flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits.float(), micro["labels"].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -101,6 +99,7 @@ def main() -> None:
     parser.add_argument("--model", default="ref_1b7")
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--accumulate", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
@@ -115,7 +114,7 @@ def main() -> None:
                 "model.num_nextn_predict_layers=0",
                 f"train.seq_len={args.seq_len}",
                 f"train.micro_batch={rows}",
-                f"train.batch_tokens={rows * args.seq_len}",
+                f"train.batch_tokens={rows * args.accumulate * args.seq_len}",
                 f"train.compile={str(args.compile).lower()}",
             ]
         )
@@ -123,10 +122,11 @@ def main() -> None:
         sides = [("fourfold", fourfold)] + ([] if args.no_peer else [("transformers", peer)])
         for name, side in sides:
             result: dict[str, Any] = {"side": name, "model": args.model, "seq_len": args.seq_len, "batch": rows}
-            result |= {"compile": args.compile and name == "fourfold", "device": torch.cuda.get_device_name()}
+            result |= {"accumulate": args.accumulate, "compile": args.compile and name == "fourfold"}
+            result |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
             try:
-                result |= side(config, rows, args.warmup, args.steps)
-                result["tokens_per_s"] = rows * args.seq_len / result["seconds"]
+                result |= side(config, rows * args.accumulate, args.warmup, args.steps)
+                result["tokens_per_s"] = config.train.batch_tokens / result["seconds"]
                 result["mfu"] = flops * result["tokens_per_s"] / (peak_flops(CUDA) or float("nan"))
             except torch.OutOfMemoryError:
                 result["error"] = "out of memory"

@@ -20,6 +20,7 @@ WRONG: dict[str, list[str]] = {
     "steps=5": ["steps", "did you mean train.steps"],
     "model.hidden_sise=64": ["model.hidden_sise", "model.hidden_size"],
     "optimizer=muon": ["optimizer", "optim"],
+    "precision.nmae=x": ["precision.nmae", "did you mean precision.name"],
     "+train.foo=1": ["train.foo", "--help"],
     "model.rope_parameters.main.theta=5": ["rope_theta"],
     # groups

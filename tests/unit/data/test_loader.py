@@ -255,7 +255,7 @@ def test_a_fault_in_the_background_reaches_the_caller(config, monkeypatch):
 
 
 def test_fill_in_the_middle_rearranges_training_alone(config, texts):
-    data = open_data(replace(config, fim_rate=1.0), seq_len=S, mtp_depth=0, seed=1)
+    data = open_data(replace(config, fim_rate=1.0), seq_len=512, mtp_depth=0, seed=1)
     begin, hole, end = data.tokenizer.fim
     restored = set()
     for batch in data.train.one_pass(8):
@@ -264,9 +264,11 @@ def test_fill_in_the_middle_rearranges_training_alone(config, texts):
                 h, e = p.index(hole), p.index(end)
                 restored.add(data.tokenizer.decode(list(p[1:h] + p[e + 1 : -1] + p[h + 1 : e])))
                 assert p[-1] == data.tokenizer.eos_id
-    assert len(restored) > 5
+    assert len(restored) > 50
     assert restored <= set(texts.values())
-    assert not any(begin in p for batch in data.valid.one_pass(8) for p in pieces(batch))
+    untouched = [p for batch in data.valid.one_pass(8) for p in pieces(batch)]
+    assert len(untouched) > 5
+    assert not any(begin in p for p in untouched)
 
 
 def test_dealing_goes_up_and_down_by_falling_cost():

@@ -86,6 +86,8 @@ def test_a_mark_continues_without_planning_the_past(g, monkeypatch):
 def test_seed_epoch_and_name_change_the_order():
     base = epochs(make(), 2)
     assert base[0] != base[1]
+    first, second = ({p.document for s in make().plan(epoch, 0) for p in s} for epoch in (0, 1))
+    assert first != second
     assert base == epochs(make(), 2)
     assert base[0] != epochs(make(seed=2), 1)[0]
     assert base[0] != epochs(make(name="valid"), 1)[0]

@@ -67,7 +67,8 @@ def test_fast_path_gives_the_ids_of_tokenizers(v4, oracle):
 
 @pytest.mark.parametrize("run", [" ", "\n", " \t", "\x00", "\u200b", "a", "!", "中", "1"])
 def test_long_runs_are_encoded(run, v4, oracle):
-    texts = ["before", run * 200_000 + "x", "after"]
+    blank = not run.strip() or not run.isprintable()  # a million of these exhaust tiktoken's matcher
+    texts = ["before", run * (1_000_000 if blank else 50_000) + "x", "after"]
     found = [ids.tolist() for ids in v4.encode_batch(texts)]
     assert found == [oracle.encode(text, add_special_tokens=False).ids for text in texts]
 

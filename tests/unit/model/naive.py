@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,27 +40,42 @@ def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float, dims: int, sign: int = 1) -> Tensor:
+def frequencies(rope: dict[str, Any], dims: int) -> list[float]:
+    """Plain, or with YaRN: slow turns divided by the factor, fast ones kept, linear by channel between."""
+    plain = [rope["rope_theta"] ** (-2 * i / dims) for i in range(dims // 2)]
+    if rope["rope_type"] == "default":
+        return plain
+
+    def channel(turns: float) -> float:
+        """Where a channel makes so many turns over the original length."""
+        frequency = turns * 2 * math.pi / rope["original_max_position_embeddings"]
+        return -dims * math.log(frequency) / (2 * math.log(rope["rope_theta"]))
+
+    low = max(math.floor(channel(rope["beta_fast"])), 0)
+    high = max(math.ceil(channel(rope["beta_slow"])), low + 0.001)
+    slow = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(dims // 2)]
+    return [f * (1 - s) + f / rope["factor"] * s for f, s in zip(plain, slow)]
+
+
+def rotate(x: Tensor, rope: dict[str, Any], dims: int, sign: int = 1) -> Tensor:
     """Multiply pairs of the last `dims` channels of x [..., S, C] by exp(sign * i * position * frequency)."""
-    frequency = theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angle = sign * positions.double().unsqueeze(-1) * frequency
+    position = torch.arange(x.shape[-2], dtype=torch.float64).unsqueeze(-1)
+    angle = sign * position * torch.tensor(frequencies(rope, dims), dtype=torch.float64)
     turn = torch.polar(torch.ones_like(angle), angle)
     pairs = torch.view_as_complex(x[..., -dims:].double().unflatten(-1, (-1, 2)).contiguous())
     return torch.cat((x[..., :-dims], torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)), dim=-1)
 
 
-def sliding_attention(w: Weights, config: ModelConfig, x: Tensor) -> Tensor:
-    """Self-attention of one document x [S, D] in a sliding-window layer."""
+def token_attention(w: Weights, config: ModelConfig, x: Tensor, rope: str, window: int) -> Tensor:
+    """Self-attention of one document x [S, D] over its tokens alone, nothing compressed."""
     heads, channels, dims = config.num_attention_heads, config.head_dim, config.qk_rope_head_dim
-    theta = config.rope_parameters["main"]["rope_theta"]
-    position = torch.arange(len(x))
+    turn = config.rope_parameters[rope]
     q = norm(x @ w["q_a_proj.weight"].T, w["q_a_norm.weight"]) @ w["q_b_proj.weight"].T
-    q = norm(q.view(len(x), heads, channels)).transpose(0, 1)  # [H, S, C]
-    q = rotate(q, position, theta, dims).transpose(0, 1)
-    kv = rotate(norm(x @ w["kv_proj.weight"].T, w["kv_norm.weight"]), position, theta, dims)
-    window = config.sliding_window
+    q = rotate(norm(q.view(len(x), heads, channels)).transpose(0, 1), turn, dims).transpose(0, 1)
+    kv = rotate(norm(x @ w["kv_proj.weight"].T, w["kv_norm.weight"]), turn, dims)
+    position = torch.arange(len(x))
     out = attention(q[None], kv[None], None, None, w["sinks"], position[None], window)[0]
-    out = rotate(out.transpose(0, 1), position, theta, dims, -1).transpose(0, 1)
+    out = rotate(out.transpose(0, 1), turn, dims, -1).transpose(0, 1)
     groups = out.flatten(1).chunk(config.o_groups, dim=-1)
     matrices = w["o_a_proj.weight"].chunk(config.o_groups)
     return torch.cat([g @ m.T for g, m in zip(groups, matrices)], dim=-1) @ w["o_b_proj.weight"].T
@@ -67,7 +84,7 @@ def sliding_attention(w: Weights, config: ModelConfig, x: Tensor) -> Tensor:
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float) -> Tensor:
     """One expert, x [D]."""
     a, b = gate @ x, up @ x
-    a, b = torch.minimum(a, torch.tensor(limit)), b.clamp(-limit, limit)
+    a, b = a.clamp(max=limit), b.clamp(-limit, limit)
     return down @ (a * torch.sigmoid(a) * b)
 
 
@@ -81,8 +98,8 @@ def moe(
         if table is not None and ids is not None:
             chosen = table[ids[token]].tolist()
         else:
-            ranked = affinity + w["gate.e_score_correction_bias"]
-            chosen = sorted(range(len(ranked)), key=lambda e: -float(ranked[e]))[:k]
+            ranked = (affinity + w["gate.e_score_correction_bias"]).tolist()
+            chosen = sorted(range(len(ranked)), key=lambda e: -ranked[e])[:k]
         total = sum(affinity[e] for e in chosen)
         shared = [w[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")]
         y = swiglu(x[token], *shared, limit)
@@ -132,15 +149,17 @@ def head(w: Weights, config: ModelConfig, streams: Tensor) -> Tensor:
 def sliding_block(w: Weights, config: ModelConfig, streams: Tensor) -> Tensor:
     """A decoder layer with sliding-window attention and a top-k MoE on one document [S, N, D]."""
 
-    def around(streams: Tensor, name: str, norm_name: str, block) -> Tensor:
+    def around(streams: Tensor, name: str, norm_name: str, block: Callable[[Tensor], Tensor]) -> Tensor:
         weights = [hyper_weights(part(w, name), config, token) for token in streams]
         x = torch.stack([pre @ token for (pre, _, _), token in zip(weights, streams)])
         out = block(norm(x, w[f"{norm_name}.weight"]))
         return torch.stack([mixed(x, o, post, comb) for x, o, (_, post, comb) in zip(streams, out, weights)])
 
-    attn, mlp = part(w, "self_attn"), part(w, "mlp")
-    streams = around(streams, "attn_hc", "input_layernorm", lambda x: sliding_attention(attn, config, x))
-    return around(streams, "ffn_hc", "post_attention_layernorm", lambda x: moe(mlp, config, x))
+    def attend(x: Tensor) -> Tensor:
+        return token_attention(part(w, "self_attn"), config, x, "main", config.sliding_window)
+
+    streams = around(streams, "attn_hc", "input_layernorm", attend)
+    return around(streams, "ffn_hc", "post_attention_layernorm", lambda x: moe(part(w, "mlp"), config, x))
 
 
 def part(weights: Weights, prefix: str) -> Weights:

@@ -1,20 +1,22 @@
-"""Same weights in, same logits and gradients out: against `DeepseekV4ForCausalLM` of transformers, in fp32.
+"""Same weights in, same logits and gradients out: against `DeepseekV4ForCausalLM` of transformers.
 
-Some gradients, such as that of a hyper-connection's three scales, are sums over all tokens that nearly
-cancel: two correct fp32 programs may differ by more than 1e-5 in them. There our model in fp64 arbitrates:
-we may be as far from it as transformers is, no further. A comparison means something only where rounding
-cannot change a choice, so the margins of every top-k are asserted too.
+In fp64 both must agree to the last digits; in fp32, as both are used, to 1e-5. A few fp32 gradients, such as
+that of a hyper-connection's three scales, are sums over all tokens that nearly cancel: there two correct
+programs differ by more, so we are compared with fp64 instead, as transformers is. Comparing means something
+only where rounding cannot change a choice, so the margins of every top-k are asserted too.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4ForCausalLM,
@@ -30,7 +32,9 @@ from model.moe import Router
 from model.rope import inverse_frequencies
 from tests.tiny import FLASH, PRO, relative, tiny_config, tiny_model
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # fp32
+EXACT = 1e-10  # fp64
+CANCELLING = re.compile(r"_hc\.(scale|base)$|hc_head\.hc_(scale|base)$")
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "model"
 LENGTHS = (1, 3, 4, 127, 128, 129, 261, 389)
 SINGLE = [(kind, hashed, length) for kind in "sch" for hashed in (0, 1) for length in (5, 50, 300)]
@@ -76,18 +80,41 @@ def gap(scores: Tensor, k: int) -> Tensor:
     return (best[:, -2] - best[:, -1]) / scale
 
 
-def gradients(ours: ForCausalLM, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    ours.zero_grad()
-    ours(ids, labels).losses["lm"][0].backward()
-    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    return {name: grad.clone() for name, grad in found.items()}
+class KeepFp64(TorchFunctionMode):
+    """Leaves fp64 tensors alone where transformers' code would compute in fp32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
+        return func(*args, **kwargs)
 
 
-def hf_names(ours: ForCausalLM) -> dict[str, str]:
-    """Our parameter's name -> transformers'."""
-    own = dict(ours.named_parameters())
-    theirs = {id(p): name for name, p in to_hf_state_dict(own, ours.config).items()}
-    return {name: theirs[id(p)] for name, p in own.items()}
+def widened(model: nn.Module) -> nn.Module:
+    """All weights and biases in fp64; inverse frequencies stay fp32 on both sides."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype == torch.float32 and "inv_freq" not in name:
+            tensor.data, tensor.grad = tensor.data.double(), None
+    return model
+
+
+def ours_on(model: ForCausalLM, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Logits and all gradients of the summed loss, by transformers' names."""
+    out = model(ids, labels, return_logits=True)
+    assert out.logits is not None
+    out.losses["lm"][0].backward()
+    state = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {"logits": out.logits.detach(), **to_hf_state_dict(state, model.config)}
+
+
+def oracle_on(model: DeepseekV4ForCausalLM, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    logits = model(ids).logits
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {"logits": logits.detach(), **grads}
 
 
 @pytest.mark.parametrize(("layers", "hashed", "length"), SINGLE + PATTERNS)
@@ -99,23 +126,21 @@ def test_logits_and_every_gradient(
     generator = torch.Generator().manual_seed(length)
     ids, labels = torch.randint(0, ours.config.vocab_size, (2, 2, length), generator=generator)
 
-    logits = oracle(ids).logits
-    assert relative(ours(ids).logits, logits) <= TOLERANCE
+    found, wanted = ours_on(ours, ids, labels), oracle_on(oracle, ids, labels)
     assert_clear_choices(margins, ours.config, length)
-    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    theirs = {name: p.grad for name, p in oracle.named_parameters() if p.grad is not None}
-    mine, names = gradients(ours, ids, labels), hf_names(ours)
-    # The top-k passes no gradient: the indexer has none on either side. The rest has one on both.
-    assert {names[name] for name in mine} == set(theirs)
-    assert {name for name in names if name not in mine} == {name for name in names if ".indexer." in name}
+    exact = ours_on(widened(ours), ids, labels)
+    with KeepFp64():
+        oracle_exact = oracle_on(widened(oracle), ids, labels)
+    assert set(found) == set(wanted)
+    for name in wanted:
+        error = relative(exact[name], oracle_exact[name])
+        assert error <= EXACT, f"{name} in fp64: {error:.1e}"
 
-    difference = {name: relative(grad, theirs[names[name]]) for name, grad in mine.items()}
-    hard = {name for name, d in difference.items() if d > TOLERANCE}
-    assert len(hard) <= 5 and all(".scale" in n or "hc_" in n or ".base" in n for n in hard), hard
-    arbiter = gradients(ours.double(), ids, labels) if hard else {}
+    hard = {name for name in wanted if relative(found[name], wanted[name]) > TOLERANCE}
+    assert len(hard) <= 5 and all(CANCELLING.search(name) for name in hard), hard
     for name in hard:
-        error, oracle_error = relative(mine[name], arbiter[name]), relative(theirs[names[name]], arbiter[name])
-        assert error <= max(TOLERANCE, oracle_error), f"{name}: {error:.1e}, transformers {oracle_error:.1e}"
+        error = relative(found[name], exact[name])
+        assert error <= max(1e-4, relative(wanted[name], exact[name])), f"{name} in fp32: {error:.1e}"
 
 
 def assert_clear_choices(margins: Margins, config: ModelConfig, length: int) -> None:

@@ -151,6 +151,16 @@ def test_a_batch_never_exceeds_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -
     assert sizes == [30] * 6 + [20]  # 20 matrices of 10 numbers, three at once
 
 
+def test_products_are_fp32_on_a_cpu_unless_asked_otherwise() -> None:
+    moved = {}
+    for choice in ("auto", "float32", "bfloat16"):
+        weight = parameters({"layers.0.mlp.gate.weight": Home((3, 12))})
+        optimizer_of(weight, OptimConfig(newton_schulz_dtype=choice)).step()
+        moved[choice] = weight["layers.0.mlp.gate.weight"]
+    assert torch.equal(moved["auto"], moved["float32"])
+    assert not torch.equal(moved["auto"], moved["bfloat16"])
+
+
 def test_split_blocks_are_views_in_the_order_of_the_blocks() -> None:
     tensor = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
     views = split_blocks(tensor, (2, 3))

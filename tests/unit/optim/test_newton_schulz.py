@@ -38,7 +38,8 @@ def test_polar_factor_in_fp32_and_bf16(n: int, m: int, condition: float, kind: s
     assert (exact - polar).norm() < 1e-3 * polar.norm()
     coarse = newton_schulz(x.float(), torch.bfloat16)
     assert coarse.dtype == torch.float32
-    assert (torch.linalg.svdvals(coarse.double()) - 1).abs().max() < 0.015
+    assert torch.equal(coarse, coarse.bfloat16().float())  # its products were bf16
+    assert (torch.linalg.svdvals(coarse.double()) - 1).abs().max() < 0.01
     if condition <= 30:
         assert (coarse - polar).norm() < 0.05 * polar.norm()
 
@@ -72,8 +73,10 @@ def test_zero_and_rank_deficient_matrices(dtype: torch.dtype) -> None:
     assert result[0].count_nonzero() == 0
     values = torch.linalg.svdvals(result[1].double())
     assert (values[:3] - 1).abs().max() < 0.015
-    assert values[3:].max() < 1.015  # rounding may grow directions that hold nothing, never beyond 1
-    if dtype == torch.float32:
+    if dtype == torch.bfloat16:  # rounding grows directions that held nothing, as the docstring says
+        assert (values - 1).abs().max() < 0.015
+    else:
+        assert values[3:].max() < 0.01
         assert (result[1] - polar).norm() < 0.01 * polar.norm()
 
 

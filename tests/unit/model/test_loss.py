@@ -1,0 +1,94 @@
+"""Cross-entropy from hidden states, against logits held whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model.loss
+from model.loss import linear_cross_entropy
+from tests.tiny import relative
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 13, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(21, 8, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, 21, (2, 13), generator=generator)
+    labels[:, 3:6] = -100
+    labels[0, 0] = 0  # the class at which ignored labels are clamped
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("budget", [1 << 26, 21 * 5, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_value_and_gradients(
+    budget: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, in chunks with a remainder, and row by row; the upstream gradient is 3."""
+    monkeypatch.setattr(model.loss, "LOGIT_BUDGET", budget)
+    hidden, weight, labels = inputs(dtype)
+    loss, count = linear_cross_entropy(hidden, weight, labels)
+    ours = torch.autograd.grad(3 * loss, (hidden, weight))
+    wanted = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = torch.autograd.grad(3 * wanted, (hidden, weight))
+    assert relative(loss, wanted) <= tolerance and int(count) == 20
+    for mine, theirs in zip(ours, expected):
+        assert mine.dtype == dtype and relative(mine, theirs) <= tolerance
+    assert not ours[0][:, 3:6].any()
+
+
+def test_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.loss, "LOGIT_BUDGET", 21 * 5)
+    rows: list[int] = []
+    plain = F.linear
+    monkeypatch.setattr(F, "linear", lambda h, w: (rows.append(len(h)), plain(h, w))[1])
+    linear_cross_entropy(*inputs())
+    assert rows == [5, 5, 5, 5, 5, 1]
+
+
+def test_one_gradient_at_a_time() -> None:
+    hidden, weight, labels = inputs()
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels)[0], (hidden, weight))
+    (only,) = torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), labels)[0], hidden)
+    assert torch.equal(only, both[0])
+    (only,) = torch.autograd.grad(linear_cross_entropy(hidden.detach(), weight, labels)[0], weight)
+    assert torch.equal(only, both[1])
+
+
+def test_without_gradients() -> None:
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        loss, _ = linear_cross_entropy(hidden, weight, labels)
+    assert not loss.requires_grad
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels)[0].detach())
+
+
+def test_nothing_to_predict() -> None:
+    hidden, weight, labels = inputs()
+    loss, count = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.item() == 0 and int(count) == 0
+    assert all(not grad.any() for grad in grads)  # NaN would count
+
+
+def test_bf16() -> None:
+    """Loss accumulated in fp32; gradients in the inputs' dtype, near the exact ones."""
+    hidden, weight, labels = inputs(torch.bfloat16)
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted, _ = linear_cross_entropy(*exact, labels)
+    assert loss.dtype == torch.float32 and relative(loss, wanted) < 0.01
+    for mine, theirs in zip(grads, torch.autograd.grad(wanted, exact)):
+        assert mine.dtype == torch.bfloat16 and relative(mine, theirs) < 0.01
+
+
+def test_fp32_weight_with_bf16_hidden() -> None:
+    """A head kept in fp32 gets its gradient in fp32."""
+    hidden, weight, labels = inputs()
+    loss, _ = linear_cross_entropy(hidden.bfloat16(), weight, labels)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert loss.dtype == grad.dtype == torch.float32

@@ -119,8 +119,9 @@ class Loader:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run needs. ``summary``: documents, tokens, bytes, shards, seconds, train_tokens, valid_tokens,
-    ignored_files (of unknown kind)."""
+    """What a run needs. ``summary``: documents, tokens, bytes (of text), shards, train_tokens, valid_tokens,
+    source_bytes (on disk; more than ``bytes`` where max_bytes took a part), ignored_files (of unknown kind),
+    seconds (to open)."""
 
     tokenizer: Tokenizer
     train: Loader
@@ -141,7 +142,7 @@ def open_data(
         raise ConfigError(
             f"data.cache_dir: {cache} cannot be made: {error.strerror}; choose another"
         ) from error
-    units, ignored = find_units(config)
+    units, found = find_units(config)
     with FileLock(cache / "lock"), Console(stderr=True, quiet=rank > 0).status("preparing the tokenizer"):
         source = hashed([unit.fingerprint for unit in units], config.validation_fraction, BPE_BYTES)
         tokenizer = open_tokenizer(config.tokenizer, cache, source, training_texts(units, config))
@@ -165,7 +166,7 @@ def open_data(
         "shards": len(shards),
         "train_tokens": int(documents.lengths[~held_out].sum()),
         "valid_tokens": int(documents.lengths[held_out].sum()),
-        "ignored_files": ignored,
+        **found,
         "seconds": time.perf_counter() - began,
     }
     train = loader(~held_out, seed, config.fim_rate, "train")

@@ -45,9 +45,9 @@ class Unit:
     fingerprint: str
 
 
-def find_units(config: DataConfig) -> tuple[list[Unit], int]:
-    """The units of the configured source, in a fixed order, and how many files were left out because their
-    kind is unknown. Raises ConfigError where there is nothing to read."""
+def find_units(config: DataConfig) -> tuple[list[Unit], dict[str, int]]:
+    """The units of the configured source in a fixed order, and what was found: `source_bytes` on disk (of
+    which max_bytes may take a part) and `ignored_files` of unknown kind. ConfigError if there is no text."""
     if config.path is None:
         named, builder, ignored = python_files(), "text", 0
     else:
@@ -55,14 +55,15 @@ def find_units(config: DataConfig) -> tuple[list[Unit], int]:
     sizes = {name: os.path.getsize(path) for name, path in named.items()}
     named = {name: path for name, path in sorted(named.items()) if sizes[name]}
     if not named:
-        raise ConfigError(f"data.path: every file in {config.path} is empty")
+        raise ConfigError(f"data.path: every file in {config.path} is empty; add text")
+    found = {"source_bytes": sum(sizes.values()), "ignored_files": ignored}
 
     limits: dict[str, int | None] = dict.fromkeys(named)
     if config.max_bytes is not None and builder == "text":
         named = fitting(named, sizes, config.max_bytes)
     elif config.max_bytes is not None:  # every file gives its share, whatever its compression
-        total = sum(sizes.values())
-        limits = {name: max(1, config.max_bytes * sizes[name] // total) for name in named}
+        share = config.max_bytes / found["source_bytes"]
+        limits = {name: max(1, int(share * sizes[name])) for name in named}
 
     units = []
     column = "text" if builder == "text" else config.text_column
@@ -73,7 +74,7 @@ def find_units(config: DataConfig) -> tuple[list[Unit], int]:
         units.append(
             Unit(files, builder, column, sum(sizes[n] for n in names), limits[names[0]], fingerprint)
         )
-    return units, ignored
+    return units, found
 
 
 def python_files() -> dict[str, str]:

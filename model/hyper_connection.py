@@ -25,12 +25,12 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 
     Ends with a column step: columns (axis -2) sum to 1 up to eps, rows as far as `iterations` bring them.
     """
-    comb = logits.softmax(dim=-1) + eps
-    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    comb = (logits.softmax(dim=-1) + eps).flatten(0, -3).permute(1, 2, 0).contiguous()  # [N, N, tokens]: tokens
+    comb = comb / (comb.sum(0, keepdim=True) + eps)  # are the fast axis of some 40 tiny sums and divisions
     for _ in range(iterations - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    return comb
+        comb = comb / (comb.sum(1, keepdim=True) + eps)
+        comb = comb / (comb.sum(0, keepdim=True) + eps)
+    return comb.permute(2, 0, 1).reshape(logits.shape)
 
 
 def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:

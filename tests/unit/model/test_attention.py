@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ ROWS = [[1, 5, 17, 2, 12], [30, 3]]
 LENGTH = 40
 
 
-def inputs(entries: int, length: int = LENGTH) -> dict[str, Tensor | None]:
+def inputs(entries: int, length: int = LENGTH) -> dict[str, Any]:
     """Random q, kv, entries, sinks in fp64, each query seeing a random half of the entries."""
     generator = torch.Generator().manual_seed(entries)
 
@@ -41,13 +43,13 @@ def inputs(entries: int, length: int = LENGTH) -> dict[str, Tensor | None]:
     }
 
 
-def assert_same(ours: Tensor, wanted: Tensor, tensors: dict[str, Tensor | None], tolerance: float) -> None:
+def assert_same(ours: Tensor, wanted: Tensor, tensors: dict[str, Any], tolerance: float) -> None:
     """Values, and gradients of a random weighting, of everything that takes one."""
     assert relative(ours, wanted) <= tolerance
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9), dtype=ours.dtype)
     trained = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
-    mine = torch.autograd.grad(ours, trained.values(), upstream)
-    theirs = torch.autograd.grad(wanted, trained.values(), upstream)
+    mine = torch.autograd.grad(ours, list(trained.values()), upstream)
+    theirs = torch.autograd.grad(wanted, list(trained.values()), upstream)
     for name, a, b in zip(trained, mine, theirs):
         assert relative(a, b) <= tolerance, name
 
@@ -84,9 +86,12 @@ def test_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[int] = []
     attend = model.kernels.attention._attend
     monkeypatch.setattr(model.kernels.attention, "LOGIT_BUDGET", budget)
-    monkeypatch.setattr(
-        model.kernels.attention, "_attend", lambda *args: (calls.append(args[0].shape[1]), attend(*args))[1]
-    )
+
+    def counted(q: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(q.shape[1])
+        return attend(q, *rest)
+
+    monkeypatch.setattr(model.kernels.attention, "_attend", counted)
     chunked = shared_kv_attention(**tensors, window=4)
     assert len(calls) > 1 and sum(calls) == 10
     assert_same(chunked, whole, tensors, 1e-13)
@@ -180,7 +185,7 @@ def test_memory_of_a_long_row(layers: str, mode: str) -> None:
 def test_full_attention_is_dense_attention() -> None:
     """The baseline by hand: one causal softmax with a sink over the document's tokens."""
     config = tiny_config("f", hash_layers=0)
-    attention = initialize(ForCausalLM(config), 0).double().layers[0].self_attn
+    attention: Any = initialize(ForCausalLM(config), 0).double().get_submodule("layers.0.self_attn")
     torch.nn.init.normal_(attention.sinks)
     rows = [[21, 4], [30]]
     batch = packed_batch(rows, 31)

@@ -78,10 +78,10 @@ def test_values_depend_on_name_and_seed_alone() -> None:
     assert len(set(first)) == len(first)
 
 
-def test_values_do_not_depend_on_the_order() -> None:
+def test_values_do_not_depend_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ForCausalLM(tiny_config("sc"))
     backwards = list(model.named_parameters())[::-1]
-    model.named_parameters = lambda: iter(backwards)  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(model, "named_parameters", lambda: iter(backwards))
     state, expected = initialize(model, 0).state_dict(), filled(tiny_config("sc"))
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 

@@ -44,7 +44,12 @@ def test_chunks_bound_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.loss, "LOGIT_BUDGET", 21 * 5)
     rows: list[int] = []
     plain = F.linear
-    monkeypatch.setattr(F, "linear", lambda h, w: (rows.append(len(h)), plain(h, w))[1])
+
+    def counted(h: Tensor, w: Tensor) -> Tensor:
+        rows.append(len(h))
+        return plain(h, w)
+
+    monkeypatch.setattr(F, "linear", counted)
     linear_cross_entropy(*inputs())
     assert rows == [5, 5, 5, 5, 5, 1]
 
@@ -80,8 +85,10 @@ def test_bf16() -> None:
     loss, _ = linear_cross_entropy(hidden, weight, labels)
     grads = torch.autograd.grad(loss, (hidden, weight))
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    wanted, _ = linear_cross_entropy(*exact, labels)
+    wanted, _ = linear_cross_entropy(exact[0], exact[1], labels)
+    rounded = F.linear(hidden, weight).detach().double().flatten(0, 1)  # only the product is in bf16
     assert loss.dtype == torch.float32 and relative(loss, wanted) < 0.01
+    assert relative(loss, F.cross_entropy(rounded, labels.flatten(), reduction="sum")) < 1e-6
     for mine, theirs in zip(grads, torch.autograd.grad(wanted, exact)):
         assert mine.dtype == torch.bfloat16 and relative(mine, theirs) < 0.01
 

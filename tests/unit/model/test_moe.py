@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,9 +25,9 @@ def block(mlp_type: str, config: ModelConfig = CONFIG, dtype: torch.dtype = torc
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
     if mlp_type == "hash_moe":
-        made.gate.tid2eid.copy_(hash_table(config.vocab_size, config.n_routed_experts, 3, 0))
+        made.gate.get_buffer("tid2eid").copy_(hash_table(config.vocab_size, config.n_routed_experts, 3, 0))
     else:
-        torch.nn.init.normal_(made.gate.e_score_correction_bias, std=0.2, generator=generator)
+        torch.nn.init.normal_(made.gate.get_buffer("e_score_correction_bias"), std=0.2, generator=generator)
     return made.to(dtype)
 
 
@@ -39,13 +41,13 @@ def compare(made: MoE, x: Tensor, ids: Tensor, tolerance: float = 1e-12) -> Rout
     """Values, and the gradients of every weight and of x, against one token and one expert at a time."""
     ours, routing = made(x, ids)
     weights = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-    table = made.gate.tid2eid if made.gate.is_hash else None
+    table = made.gate.get_buffer("tid2eid") if made.gate.is_hash else None
     wanted = naive.moe(weights, CONFIG, x.flatten(0, 1), table, ids.flatten()).view_as(x)
     assert relative(ours, wanted) <= tolerance
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2)).to(ours.dtype)
     trained = {"x": x, **dict(made.named_parameters())}
-    mine = torch.autograd.grad(ours, trained.values(), upstream)
-    theirs = torch.autograd.grad(wanted, trained.values(), upstream)
+    mine = torch.autograd.grad(ours, list(trained.values()), upstream)
+    theirs = torch.autograd.grad(wanted, list(trained.values()), upstream)
     for name, a, b in zip(trained, mine, theirs):
         assert b.any() and relative(a, b) <= tolerance, name
     return routing
@@ -61,8 +63,8 @@ def test_one_token_and_expert_at_a_time(mlp_type: str, dtype: torch.dtype, toler
 def test_experts_without_tokens_and_with_all(dtype: torch.dtype, tolerance: float) -> None:
     """Expert 5 gets every token, experts 0, 3 and 7 none; their gradients are exactly zero."""
     made = block("moe", dtype=dtype)
-    made.gate.e_score_correction_bias[5] = 100
-    made.gate.e_score_correction_bias[[0, 3, 7]] = -100
+    made.gate.get_buffer("e_score_correction_bias")[5] = 100
+    made.gate.get_buffer("e_score_correction_bias")[[0, 3, 7]] = -100
     routing = compare(made, *tokens(dtype=dtype), tolerance)
     counts = torch.bincount(routing.indices.flatten(), minlength=8)
     assert counts[5] == 22 and not counts[[0, 3, 7]].any() and counts.sum() == 66
@@ -86,13 +88,13 @@ def test_router() -> None:
     routing = made(x.flatten(0, 1), ids.flatten())
     affinities = torch.log1p((x.flatten(0, 1) @ made.weight.T).exp()).sqrt()
     assert relative(routing.affinities, affinities) < 1e-12
-    best = (affinities + made.e_score_correction_bias).topk(3).indices
+    best = (affinities + made.get_buffer("e_score_correction_bias")).topk(3).indices
     assert torch.equal(routing.indices.sort().values, best.sort().values)
     assert not torch.equal(best.sort().values, affinities.topk(3).indices.sort().values)
     assert torch.allclose(routing.weights.sum(-1), torch.tensor(1.5, dtype=torch.float64))
     ratio = routing.weights / affinities.gather(1, routing.indices)
     assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio))
-    assert not made.e_score_correction_bias.requires_grad
+    assert not made.get_buffer("e_score_correction_bias").requires_grad
 
 
 def test_router_computes_in_fp32() -> None:
@@ -119,7 +121,7 @@ def test_replay_uses_todays_weights() -> None:
     mine = torch.autograd.grad(output, [x, *made.parameters()], upstream)
     hashed = block("hash_moe")  # the same choice by table: every token an id of its own
     hashed.load_state_dict(made.state_dict(), strict=False)
-    hashed.gate.tid2eid[:22] = given
+    hashed.gate.get_buffer("tid2eid")[:22] = given
     wanted, _ = hashed(x, torch.arange(22).view(2, 11))
     theirs = torch.autograd.grad(wanted, [x, *hashed.parameters()], upstream)
     assert torch.equal(output, wanted) and all(torch.equal(a, b) for a, b in zip(mine, theirs))
@@ -213,14 +215,14 @@ def test_hash_table(vocab: int, experts: int, k: int) -> None:
 def test_hash_table_is_not_by_neighbours() -> None:
     """Consecutive ids are no more alike than any two: of 6 of 256 experts, 0.14 are shared on average."""
     rows = [set(row) for row in hash_table(5120, 256, 6, 0).tolist()]
-    shared = sum(len(a & b) for a, b in zip(rows, rows[1:])) / (len(rows) - 1)
+    shared = sum(len(a & b) for a, b in pairwise(rows)) / (len(rows) - 1)
     assert 0.08 < shared < 0.2
 
 
 def test_every_hash_layer_has_its_own_table() -> None:
     def tables(seed: int, hash_seed: int) -> list[Tensor]:
         model = initialize(ForCausalLM(tiny_config("sss", hash_layers=3, hash_seed=hash_seed)), seed)
-        return [moe.gate.tid2eid for moe in model.moes()]
+        return [moe.gate.get_buffer("tid2eid") for moe in model.moes()]
 
     a, b, c = tables(0, 0)
     assert not torch.equal(a, b) and not torch.equal(b, c) and not torch.equal(a, c)
@@ -242,7 +244,7 @@ def test_bias_update() -> None:
 
 def test_bias_update_balances() -> None:
     """Applied again and again, the most loaded expert loses its excess."""
-    made, (x, ids) = block("moe", dtype=torch.float32).gate, tokens(dtype=torch.float32)
+    made, (x, _) = block("moe", dtype=torch.float32).gate, tokens(dtype=torch.float32)
     x, real = (
         torch.cat([x.detach().flatten(0, 1), torch.randn(300, 32)]),
         torch.ones(322, 1, dtype=torch.bool),
@@ -252,7 +254,7 @@ def test_bias_update_balances() -> None:
         indices = made(x, torch.zeros(322, dtype=torch.int64)).indices
         loads = expert_loads(indices.unsqueeze(1), 8, real)
         spread.append(loads.max().item() / loads.double().mean().item())
-        update_bias(made.e_score_correction_bias, loads, 0.005)
+        update_bias(made.get_buffer("e_score_correction_bias"), loads, 0.005)
     assert spread[0] > 1.3 and max(spread[-20:]) < 1.15
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def streams_of(model: ForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def loss_by_document(model: ForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Depth k at t sees tokens up to t + k and predicts t + k + 1; positions without a target do not exist."""
+    """Depth k at t sees tokens up to t + k and predicts t + k + 1; there are no other positions."""
     config, head, embedding = model.config, model.lm_head.weight, model.embed_tokens.weight
     total, count = head.new_zeros(()), 0
     for b, start, size, _ in documents(ROWS):
@@ -58,8 +60,8 @@ def test_against_a_loop_over_documents(depth: int) -> None:
     )
     assert relative(ours, wanted) < 1e-7
     parameters = dict(model.named_parameters())
-    mine = torch.autograd.grad(ours, parameters.values(), allow_unused=True)
-    theirs = torch.autograd.grad(wanted, parameters.values(), allow_unused=True)
+    mine = torch.autograd.grad(ours, list(parameters.values()), allow_unused=True)
+    theirs = torch.autograd.grad(wanted, list(parameters.values()), allow_unused=True)
     for name, a, b in zip(parameters, mine, theirs):
         assert (a is None) == (b is None) or not a.any(), name
         assert a is None or b is None or relative(a, b) < 1e-6, name
@@ -95,9 +97,10 @@ def test_nothing_beyond_a_document() -> None:
 def test_block_is_sliding_and_learned() -> None:
     """Whatever the model's own last layer is; embedding and output head are shared."""
     model = ForCausalLM(tiny_config("hc", hash_layers=2, num_nextn_predict_layers=2))
-    for predictor in model.mtp:
-        assert predictor.block.self_attn.layer_type == "sliding_attention"
-        assert not predictor.block.mlp.gate.is_hash
+    blocks: list[Any] = [predictor.block for predictor in model.mtp]
+    for block in blocks:
+        assert block.self_attn.layer_type == "sliding_attention"
+        assert not block.mlp.gate.is_hash
     names = [name for name, _ in model.named_parameters() if "embed" in name or "lm_head" in name]
     assert names == ["embed_tokens.weight", "lm_head.weight"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,10 +105,11 @@ class Backwards:
 def test_dispatcher_is_replaceable() -> None:
     model = tiny_model(tiny_config("sc", num_nextn_predict_layers=1)).double()
     wanted = model(**BATCH)
-    for moe in model.moes():
+    moes: list[Any] = model.moes()
+    for moe in moes:
         moe.dispatcher = Backwards(moe.dispatcher)
     found = model(**BATCH)
-    assert [moe.dispatcher.calls for moe in model.moes()] == [1, 1, 1]
+    assert [moe.dispatcher.calls for moe in moes] == [1, 1, 1]
     assert relative(found.losses["mtp"][0], wanted.losses["mtp"][0]) < 1e-12
 
 
@@ -121,7 +124,7 @@ def test_indexer_gets_no_gradient_from_the_losses(mode: AttentionMode) -> None:
         assert trained == (".indexer." not in name), name
 
 
-BASELINES = {
+BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain residual": ("sch", {"residual": "plain", "hc_mult": 1}),
     "one stream": ("sch", {"hc_mult": 1}),
     "full attention": ("ff", {}),

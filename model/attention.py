@@ -75,8 +75,8 @@ class Attention(nn.Module):
         """What lies beyond the window: entries [B, T, C] and who sees them [B, S, T]."""
         if self.layer_type == "full_attention":
             token = torch.arange(kv.shape[1], device=kv.device)
-            distance = token.unsqueeze(-1) - token  # [S, S]
-            return kv, (distance >= 0) & (distance <= layout.positions.unsqueeze(-1))
+            start = (token - layout.positions).unsqueeze(-1)  # [B, S, 1] of each token's document
+            return kv, (token >= start) & (token <= token.unsqueeze(-1))
         if self.layer_type not in COMPRESSED:
             return None, None
         slots = layout.slots[self.layer_type]

@@ -21,11 +21,13 @@ Mix = tuple[Tensor, Tensor]  # post [B, S, N], comb [B, S, N, N], fp32
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """Nearly doubly stochastic matrices from logits [..., N, N]: rows by softmax, then columns and rows in turn.
+    """Nearly doubly stochastic matrices from logits [..., N, N]: softmax rows, then columns and rows in turn.
 
     Ends with a column step: columns (axis -2) sum to 1 up to eps, rows as far as `iterations` bring them.
     """
-    comb = (logits.softmax(dim=-1) + eps).flatten(0, -3).permute(1, 2, 0).contiguous()  # [N, N, tokens]: tokens
+    comb = (
+        (logits.softmax(dim=-1) + eps).flatten(0, -3).permute(1, 2, 0).contiguous()
+    )  # [N, N, tokens]: tokens
     comb = comb / (comb.sum(0, keepdim=True) + eps)  # are the fast axis of some 40 tiny sums and divisions
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(1, keepdim=True) + eps)
@@ -67,8 +69,9 @@ class HyperConnection(nn.Module):
         comb = sinkhorn(comb.unflatten(-1, (n, n)), self.iterations, self.eps)
         return collapse(pre.sigmoid() + self.eps, streams), (2 * post.sigmoid(), comb)
 
-    def leave(self, output: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    def leave(self, output: Tensor, streams: Tensor, mix: Mix | None) -> Tensor:
         """Block output [B, S, D] and the streams before it -> new streams [B, S, N, D]."""
+        assert mix is not None
         post, comb = (weights.to(streams.dtype) for weights in mix)
         return post.unsqueeze(-1) * output.unsqueeze(2) + comb.transpose(-1, -2) @ streams
 
@@ -79,7 +82,7 @@ class PlainResidual(nn.Module):
     def enter(self, streams: Tensor) -> tuple[Tensor, None]:
         return streams.squeeze(2), None
 
-    def leave(self, output: Tensor, streams: Tensor, mix: None) -> Tensor:
+    def leave(self, output: Tensor, streams: Tensor, mix: Mix | None) -> Tensor:
         return streams + output.unsqueeze(2)
 
 

@@ -5,7 +5,6 @@ Legend: B batch, S sequence, D hidden, T compressed slots, h index heads, c inde
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from model.compressor import Compressor

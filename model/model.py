@@ -121,7 +121,7 @@ class ForCausalLM(nn.Module):
 
     def moes(self) -> list[MoE]:
         """Every MoE in the order of `ModelOutput.expert_indices`."""
-        return [layer.mlp for layer in self.layers] + [mtp.block.mlp for mtp in self.mtp]
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def cast(self, dtype: torch.dtype) -> ForCausalLM:
         """Cast the weights of large products to `dtype`, in place; what recipes keep in fp32 stays.

@@ -39,6 +39,9 @@ class Router(nn.Module):
     (`update_bias`). "hash_moe" looks the experts up by token id in `tid2eid`. Computed in fp32.
     """
 
+    tid2eid: Tensor  # [V, K] int64, "hash_moe" only
+    e_score_correction_bias: Tensor  # [E] fp32, "moe" only
+
     def __init__(self, config: ModelConfig, mlp_type: str):
         super().__init__()
         experts, k = config.n_routed_experts, config.num_experts_per_tok
@@ -150,7 +153,7 @@ class Experts(nn.Module):
         self.limit = config.swiglu_limit
 
     def forward(self, sent: Dispatched) -> Tensor:
-        """Rows [R, D] sorted by expert -> weighted outputs [R, D]. The weight enters before the down projection."""
+        """Rows [R, D] sorted by expert -> outputs [R, D], weighted before the down projection."""
         gate, up = self.product(sent.rows, self.gate_up_proj, sent.offsets, "expert").chunk(2, dim=-1)
         hidden = clamped_swiglu(gate, up, self.limit) * sent.weights.unsqueeze(-1)
         return self.product(hidden.to(gate.dtype), self.down_proj, sent.offsets, "expert")
@@ -235,7 +238,9 @@ def hash_table(vocab: int, experts: int, k: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     runs = -(-vocab // experts)
     with torch.device("cpu"):
-        shuffled = torch.stack([torch.randperm(experts, generator=generator) for _ in range(runs)])  # [runs, E]
+        shuffled = torch.stack(
+            [torch.randperm(experts, generator=generator) for _ in range(runs)]
+        )  # [runs, E]
         place = torch.arange(experts).unsqueeze(-1) + torch.arange(k)  # [E, K]
         table = shuffled[:, place % experts].flatten(0, 1)[:vocab]  # [vocab, K]
         return table[torch.randperm(vocab, generator=generator)]

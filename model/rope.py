@@ -48,7 +48,7 @@ def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 
 def apply_rope(x: Tensor, rotation: Rotation, inverse: bool = False) -> Tensor:
-    """Rotate the last R channels of x [..., C] in interleaved pairs; cos and sin broadcast to x's leading axes."""
+    """Rotate the last R channels of x [..., C] in interleaved pairs; cos and sin broadcast over x."""
     cos, sin = rotation
     sin = -sin if inverse else sin
     rope_dims = 2 * cos.shape[-1]

@@ -1,4 +1,4 @@
-"""`python -m train`: compose the configuration, train, say where everything is. Try `python -m train --help`."""
+"""`python -m train`: compose the configuration, train, say where everything is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from configs.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 2 for a mistake in configuration or data (one line on stderr), 130 when interrupted."""
+    """Exit code: 0 done, 2 for a mistake in configuration or data (one line), 130 when interrupted."""
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0

@@ -10,6 +10,7 @@ from configs.errors import ConfigError
 from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
+from optim.schedule import decay_start
 
 DEEPSEEK_V4_IDS = 129_280  # of the released tokenizer, added tokens included
 
@@ -127,8 +128,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_lengths()
         self._check_vocabulary()
-        warmup, steps = self.optim.warmup_steps, self.train.steps
-        _require(warmup < steps, "optim.warmup_steps", warmup, f"less than train.steps = {steps}")
+        decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
             _require(exists, "resume", self.resume, "auto, null, or the folder of a checkpoint that exists")

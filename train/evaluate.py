@@ -11,7 +11,9 @@ from train.engine import Batch, TorchEngine
 
 
 @torch.no_grad()
-def evaluate(engine: TorchEngine, batches: Iterable[Batch], device: torch.device, mode: AttentionMode) -> dict[str, float]:
+def evaluate(
+    engine: TorchEngine, batches: Iterable[Batch], device: torch.device, mode: AttentionMode
+) -> dict[str, float]:
     """Mean loss in nats of every part over `batches`: next token `lm`, and `mtp` where the model has it."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""The training loop. `train_step` is one optimizer step; `train` is a run from its configuration to its report."""
+"""The training loop: `train_step` is one optimizer step, `train` a run from configuration to report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from configs.compose import to_yaml
 from configs.errors import ConfigError
 from data.loader import Data, open_data
+from model.attention import AttentionMode
 from model.flops import training_flops_per_token
 from model.hf import save_pretrained
 from model.init import initialize
@@ -44,10 +46,13 @@ def train_step(engine: TorchEngine, batch: Batch, config: RunConfig, step: int) 
         "balance": (batch["document_ids"] >= 0).sum(),
     }
     moes = engine.model.moes()
-    loads = [torch.zeros(moe.experts.gate_up_proj.shape[0], dtype=torch.int64, device=device_of(engine)) for moe in moes]
+    loads = [
+        torch.zeros(moe.experts.gate_up_proj.shape[0], dtype=torch.int64, device=device_of(engine))
+        for moe in moes
+    ]
     sums: dict[str, Tensor] = {}
     for micro in micro_batches(batch, config.train.micro_batch, device_of(engine)):
-        output = engine(micro, mode=config.train.attention_mode)
+        output = engine(micro, mode=attention_mode(config))
         parts = {part: loss / counts[part].clamp(min=1).item() for part, (loss, _) in output.losses.items()}
         engine.backward(torch.stack([weights[part] * loss for part, loss in parts.items()]).sum())
         for part, loss in parts.items():
@@ -65,7 +70,7 @@ def train_step(engine: TorchEngine, batch: Batch, config: RunConfig, step: int) 
 
 
 def loss_weights(config: RunConfig, step: int) -> dict[str, float]:
-    """Weights of the loss parts; MTP's falls when the learning rate starts to decay (V4 report, section 4.2.2)."""
+    """Weights of the loss parts; MTP's falls when the learning rate starts to decay (V4 report, 4.2.2)."""
     train = config.train
     decaying = step >= decay_start(train.steps, config.optim)
     mtp = train.mtp_decay_loss_weight if decaying else train.mtp_loss_weight
@@ -78,6 +83,10 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Bat
         yield {name: x[start : start + rows].to(device, non_blocking=True) for name, x in batch.items()}
 
 
+def attention_mode(config: RunConfig) -> AttentionMode:
+    return cast(AttentionMode, config.train.attention_mode)  # checked by TrainConfig
+
+
 def device_of(engine: TorchEngine) -> torch.device:
     return engine.model.lm_head.weight.device
 
@@ -88,13 +97,15 @@ def train(config: RunConfig) -> float:
     report = run.report
     report.start(config, run.engine, run.data.summary, run.folder)
     tokens = config.train.batch_tokens
-    flops = training_flops_per_token(config.model, config.train.seq_len, config.train.attention_mode).total
+    flops = training_flops_per_token(config.model, config.train.seq_len, attention_mode(config)).total
     peak = peak_flops(run.device)
     valid = run.validate() if run.step == 0 else math.nan
     try:
         for step in range(run.step, config.train.steps):
             began = time.perf_counter()
-            logged = train_step(run.engine, run.data.train.batch(tokens // config.train.seq_len), config, step)
+            logged = train_step(
+                run.engine, run.data.train.batch(tokens // config.train.seq_len), config, step
+            )
             seconds = time.perf_counter() - began
             speed = {"tokens_per_s": tokens / seconds}
             if peak:
@@ -103,8 +114,8 @@ def train(config: RunConfig) -> float:
             run.log(logged, speed)
             if not all(math.isfinite(value) for value in logged.values()):
                 raise ConfigError(
-                    f"step {run.step}: the loss or a gradient norm is not finite, the weights are as before it;"
-                    f" lower optim.lr, or resume={run.folder} from the last checkpoint"
+                    f"step {run.step}: the loss or a gradient norm is not finite;"
+                    f" lower optim.lr, or go on from the last checkpoint with resume={run.folder}"
                 )
             if run.step % config.train.eval_every == 0 or run.step == config.train.steps:
                 valid = run.validate()
@@ -142,7 +153,7 @@ class Run:
         train = self.config.train
         sequences = max(1, train.eval_tokens // train.seq_len)
         batches = self.data.valid.one_pass(train.micro_batch, sequences)
-        losses = evaluate(self.engine, batches, self.device, train.attention_mode)
+        losses = evaluate(self.engine, batches, self.device, attention_mode(self.config))
         self.metrics.write(step=self.step, **{f"valid_{part}": loss for part, loss in losses.items()})
         self.report.validation(self.step, losses)
         return losses["lm"]
@@ -164,7 +175,7 @@ class Run:
                 length,
                 context=config.train.seq_len,
                 seed=config.train.seed,
-                mode=config.train.attention_mode,
+                mode=attention_mode(config),
             )
             (self.folder / "sample.txt").write_text(text)
         self.report.finish(self.folder, valid, text, exported)
@@ -213,27 +224,35 @@ def open_run(config: RunConfig) -> Run:
 
 def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch sees no GPU here; use train.device=cpu or install a CUDA torch")
+        raise ConfigError(
+            "train.device is cuda, but torch sees no GPU here; use train.device=cpu or install a CUDA torch"
+        )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _new_folder(config: RunConfig) -> Path:
     folder = Path(config.run.dir) / (config.run.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder.exists():
-        raise ConfigError(f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto")
+        raise ConfigError(
+            f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto"
+        )
     return folder
 
 
 def _checkpoint_to_resume(config: RunConfig) -> Path | None:
-    """The newest checkpoint of the run that `resume` names: "auto" (run.name, or the newest run), a run, a checkpoint."""
+    """The checkpoint that `resume` names: "auto" (newest of run.name, or of all), a run, a checkpoint."""
     if config.resume is None:
         return None
     if config.resume != "auto":
         found = Path(config.resume)
         steps = [found] if (found / checkpoint.META).exists() else checkpoint.all_steps(found / "checkpoints")
         if not steps:
-            raise ConfigError(f"resume: {found} holds no checkpoint; name a run's folder or a checkpoint in it")
+            raise ConfigError(
+                f"resume: {found} holds no checkpoint; name a run's folder or a checkpoint in it"
+            )
         return steps[-1]
     pattern = config.run.name or "*"
-    steps = [s for run in Path(config.run.dir).glob(pattern) for s in checkpoint.all_steps(run / "checkpoints")]
+    steps = [
+        s for run in Path(config.run.dir).glob(pattern) for s in checkpoint.all_steps(run / "checkpoints")
+    ]
     return max(steps, key=lambda path: ((path / checkpoint.META).stat().st_mtime, path.name), default=None)

@@ -43,16 +43,21 @@ class Report:
         """Say what is trained, on what, and how its parameters are updated."""
         count = count_parameters(config.model)
         device = engine.model.lm_head.weight.device
-        table = Table("group", "tensors", "matrices", "parameters", "such as", title="optimizer", title_justify="left")
+        table = Table(
+            "group", "tensors", "matrices", "parameters", "such as", title="optimizer", title_justify="left"
+        )
         for row in group_rows(engine.optimizer.param_groups):
             table.add_row(row.group, str(row.tensors), str(row.matrices), f"{row.parameters:,}", row.examples)
         self.console.print(table)
         self.console.print(
-            f"model   {(count.total + count.mtp) / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active per token,"
-            f" {config.model.num_hidden_layers} layers on {device}, {config.precision.compute_dtype}"
+            f"model   {(count.total + count.mtp) / 1e6:,.1f}M parameters,"
+            f" {count.active / 1e6:,.1f}M active per token, {config.model.num_hidden_layers} layers"
+            f" on {device}, {config.precision.compute_dtype}"
         )
         self.console.print(
-            f"data    {summary['tokens']:,} tokens in {summary['documents']:,} documents, ready in {summary['seconds']:.0f} s"
+            f"data    {summary['tokens']:,} tokens in {summary['documents']:,} documents,"
+            f" {summary['bytes'] / 1e6:,.1f} of {summary['source_bytes'] / 1e6:,.1f} MB,"
+            f" ready in {summary['seconds']:.1f} s"
         )
         self.console.print(
             f"run     {config.train.steps} steps of {config.train.batch_tokens:,} tokens into {folder}\n"
@@ -90,7 +95,9 @@ class Report:
     def stopped(self, saved: Path, step: int) -> None:
         """An interrupted run: what was kept and how to go on."""
         self.progress.stop()
-        self.console.print(f"stopped after step {step}; go on with: python -m train resume={saved}", soft_wrap=True)
+        self.console.print(
+            f"stopped after step {step}; go on with: python -m train resume={saved}", soft_wrap=True
+        )
 
     def finish(self, folder: Path, valid: float, sample: str, exported: str) -> None:
         """The closing table, the sample, and what to try next."""
@@ -106,7 +113,9 @@ class Report:
         self.console.print(table)
         if sample:
             self.console.print(Panel(Text(sample), title="sample", title_align="left"))
-        self.console.print("next: python -m train data.path=FOLDER_OF_YOUR_TEXT   or   python -m train --help")
+        self.console.print(
+            "next: python -m train data.path=FOLDER_OF_YOUR_TEXT   or   python -m train --help"
+        )
 
     def _line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)

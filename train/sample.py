@@ -22,7 +22,7 @@ def generate(
     top_p: float = 0.95,
     mode: AttentionMode = "sparse",
 ) -> str:
-    """`prompt` continued by up to `tokens` tokens, at most `context` of them visible; stops at a document's end.
+    """`prompt` continued by up to `tokens` tokens, `context` of them visible; stops at a document's end.
 
     Nucleus sampling from softmax(logits / temperature); temperature 0 takes the likeliest token.
     """

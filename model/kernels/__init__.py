@@ -1,1 +1,1 @@
-"""One operation a file: its equation, a readable torch reference, and one public function that picks by device."""
+"""One operation a file: its equation, a readable torch reference, a public function that picks by device."""

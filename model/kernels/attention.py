@@ -95,7 +95,7 @@ def _scaled_product(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _window_mask(positions: Tensor) -> Tensor:
-    """[B, n, W] -> [B, n, W, 2W]: key c of (previous block, own block) lies 0 <= d < W back, in the document."""
+    """[B, n, W] -> [B, n, W, 2W]: keys of (previous block, own block) 0 <= d < W back in the document."""
     block = positions.shape[-1]
     key = torch.arange(2 * block, device=positions.device)
     query = torch.arange(block, device=positions.device).unsqueeze(-1)

@@ -1,11 +1,12 @@
-"""Tokens per second of whole training steps on one GPU, beside transformers on the same shape in the same run.
+"""Tokens per second of whole training steps on one GPU, beside transformers on the same shape.
 
     python -m tests.bench.train_step --model ref_1b7 --seq-len 4096 --batch 1 2 [--compile] [--no-peer]
 
-A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer step, on both sides. Both: bf16
+A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer step. Both sides: bf16
 compute, uniformly random tokens, learned routing (nothing forced), no MTP (transformers has none), weights
-drawn by each side's own initialisation. Fourfold: TorchEngine with fp32 masters, Muon,
-balance loss and bias update. transformers: eager attention, grouped_mm experts, fused AdamW on bf16
+drawn by each side's own initialisation, the same process, one after the other. Fourfold: TorchEngine with
+fp32 masters, Muon, balance loss and bias update. transformers: eager attention, grouped_mm experts and
+fused AdamW on bf16
 weights. Times are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16
 peak with `model.flops` for both.
 """
@@ -95,7 +96,9 @@ def peer(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="ref_1b7")
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -121,7 +124,12 @@ def main() -> None:
         flops = training_flops_per_token(config.model, args.seq_len).total
         sides = [("fourfold", fourfold)] + ([] if args.no_peer else [("transformers", peer)])
         for name, side in sides:
-            result: dict[str, Any] = {"side": name, "model": args.model, "seq_len": args.seq_len, "batch": rows}
+            result: dict[str, Any] = {
+                "side": name,
+                "model": args.model,
+                "seq_len": args.seq_len,
+                "batch": rows,
+            }
             result |= {"accumulate": args.accumulate, "compile": args.compile and name == "fourfold"}
             result |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
             try:

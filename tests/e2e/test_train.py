@@ -41,13 +41,20 @@ SMALL = [
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(60):
-        lines = [f"The {word} of number {number} is {number * k}." for k, word in enumerate(["root", "sum", "cube"] * 12)]
+        lines = [
+            f"The {word} of number {number} is {number * k}."
+            for k, word in enumerate(["root", "sum", "cube"] * 12)
+        ]
         (folder / f"{number}.txt").write_text("\n".join(lines))
     return folder
 
 
 def command(corpus: Path, cwd: Path, *extra: str) -> list[str]:
-    data = [f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", "data.validation_fraction=0.2"]
+    data = [
+        f"data.path={corpus}",
+        f"data.cache_dir={corpus.parent / 'cache'}",
+        "data.validation_fraction=0.2",
+    ]
     return [sys.executable, "-m", "train", *SMALL, *data, f"run.dir={cwd / 'runs'}", *extra]
 
 
@@ -129,7 +136,9 @@ def test_interrupt_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> 
         (["train.device=cuda"], "train.device"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(corpus: Path, tmp_path: Path, extra: list[str], words: str) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(
+    corpus: Path, tmp_path: Path, extra: list[str], words: str
+) -> None:
     if extra == ["train.device=cuda"]:
         import torch
 

@@ -25,7 +25,9 @@ def packed(vocab: int, length: int = 300) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].contiguous(), "document_ids": documents}
 
 
-def losses_and_gradients(model: ForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+def losses_and_gradients(
+    model: ForCausalLM, batch: dict[str, torch.Tensor]
+) -> tuple[float, dict[str, torch.Tensor]]:
     device = model.lm_head.weight.device
     model.zero_grad()
     output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
@@ -70,7 +72,10 @@ def test_grouped_product_with_empty_and_crowded_experts(counts: list[int]) -> No
     weight = torch.randn(6, 32, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn(200, 32, device="cuda", dtype=torch.bfloat16)
     grads = []
-    for product in (lambda: grouped_linear(x, weight, offsets, "expert"), lambda: _grouped_linear_masked(x, weight, offsets)):
+    for product in (
+        lambda: grouped_linear(x, weight, offsets, "expert"),
+        lambda: _grouped_linear_masked(x, weight, offsets),
+    ):
         out = product()
         grads.append((out, *torch.autograd.grad(out, (x, weight), upstream)))
     for ours, reference in zip(*grads, strict=True):

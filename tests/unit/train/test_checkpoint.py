@@ -55,4 +55,6 @@ def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": 6, "lm"')  # killed while writing
     keep_until(path, 3)
-    assert [line.partition(",")[0] for line in path.read_text().splitlines()] == [f'{{"step": {n}' for n in (1, 2, 3)]
+    assert [line.partition(",")[0] for line in path.read_text().splitlines()] == [
+        f'{{"step": {n}' for n in (1, 2, 3)
+    ]

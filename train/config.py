@@ -34,8 +34,8 @@ class TrainConfig:
     bias_update_rate       step of the routers' load-balancing bias
     log_every, eval_every, save_every   in steps
     eval_tokens            validation tokens of one evaluation
-    compile                compile the model with torch.compile
-    sample_tokens          tokens generated from sample_prompt at every evaluation; 0: none
+    compile                torch.compile the hyper-connections
+    sample_tokens          tokens generated from sample_prompt at the end of the run; 0: none
     device                 "auto" (CUDA where there is one), "cpu" or "cuda"
 
     Raises ConfigError, naming `train.KEY`, when a value is out of range.

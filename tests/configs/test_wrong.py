@@ -68,7 +68,7 @@ WRONG: dict[str, list[str]] = {
     # contradictions between parts
     "train.batch_tokens=1000": ["train.batch_tokens", "multiple", "4096"],
     "train.eval_tokens=100": ["train.eval_tokens", "512 or more"],
-    "optim.warmup_steps=300": ["optim.warmup_steps", "train.steps = 300"],
+    "optim.warmup_steps=300": ["optim.warmup_steps", "decay starts at step"],
     "model.max_position_embeddings=256": ["train.seq_len", "model.max_position_embeddings = 256"],
     "model.compress_rates.heavily_compressed_attention=1024": ["train.seq_len", "1024", "compress"],
     "model.num_nextn_predict_layers=511": ["model.num_nextn_predict_layers", "511"],

@@ -29,6 +29,7 @@ from train.config import RunConfig
 from train.engine import Batch, TorchEngine
 from train.evaluate import evaluate
 from train.metrics import JsonLines, keep_until, peak_flops
+from train.plot import plot_run
 from train.report import Report
 from train.sample import generate
 
@@ -165,6 +166,7 @@ class Run:
     def finish(self, valid: float) -> None:
         config = self.config
         exported = self.export()
+        plot_run(self.folder)
         prompt, length = config.train.sample_prompt, config.train.sample_tokens
         text = ""
         if length:

@@ -89,7 +89,7 @@ class Report:
         """Print the validation losses, in nats per token."""
         if math.isnan(self.first_valid):
             self.first_valid = losses["lm"]
-        text = "  ".join(f"{part} {loss:.4f}" for part, loss in losses.items())
+        text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
         self._line(f"step {step:>6}  [bold]validation  {text}[/bold]")
 
     def stopped(self, saved: Path, step: int) -> None:
@@ -109,6 +109,7 @@ class Report:
         table.add_row("weights, for transformers too", exported)
         table.add_row("checkpoints", str(folder / "checkpoints"))
         table.add_row("metrics, timing", f"{folder / 'metrics.jsonl'}, {folder / 'timing.jsonl'}")
+        table.add_row("curves", str(folder / "curves.png"))
         table.add_row("configuration", str(folder / "config.yaml"))
         self.console.print(table)
         if sample:

@@ -28,7 +28,7 @@ RULES: dict[str, set[str]] = {
     "data/config.py": {"configs.errors"},
     "configs/": {"hydra", "omegaconf", "yaml", "configs", "train.config"},
     "configs/errors.py": set(),
-    "train/": {"torch", "numpy", "rich", "safetensors", *ANYTHING_OF_OURS},
+    "train/": {"torch", "rich", "matplotlib", "safetensors", *ANYTHING_OF_OURS},
     "train/config.py": {"model.config", "data.config", "optim.config", "optim.schedule", "configs.errors"},
     "launch/": {"packaging", "rich", "launch", "configs", "train.config", "model.config", "model.flops"},
     "launch/install_torch.py": set(),  # runs before anything is installed

@@ -87,6 +87,10 @@ class Tokenizer:
         """The text of the ids, marks included."""
         return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a `tokenizers` JSON file."""
+        return json.dumps(self._spec, ensure_ascii=False)
+
     @cached_property
     def _whole(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(self._spec))

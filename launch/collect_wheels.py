@@ -21,9 +21,9 @@ from rich.table import Table
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 GLIBC = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 # What images for PyTorch usually hold. They bring the CUDA build of torch, so it is never collected.
-PRESENT = """torch triton numpy matplotlib pandas pyarrow fsspec aiohttp requests httpx huggingface-hub transformers
-tokenizers safetensors tiktoken regex xxhash tqdm rich pyyaml packaging filelock typing-extensions
-pytest pytest-xdist hypothesis"""
+PRESENT = """torch triton numpy matplotlib pandas pyarrow fsspec aiohttp requests httpx huggingface-hub
+transformers tokenizers safetensors tiktoken regex xxhash tqdm rich pyyaml packaging filelock
+typing-extensions pytest pytest-xdist hypothesis"""
 
 HELP = """\
 Collect the wheels that a GPU host without network needs, for Linux on x86_64.

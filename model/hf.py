@@ -99,9 +99,9 @@ def save_pretrained(model: ForCausalLM, directory: str | Path) -> None:
         _write_weights(state, staging)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for path in (*staging.iterdir(), staging):
-            _flush(path)
+            flush(path)
         staging.rename(directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -293,7 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file, or the names in a folder, on disk before anything points at it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

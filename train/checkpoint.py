@@ -6,7 +6,6 @@ A folder `step-00000300` is complete or does not exist. Nothing in it is pickled
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.errors import ConfigError
+from model.hf import flush
 
 TENSORS, META = "state.safetensors", "state.json"
 
@@ -32,10 +32,10 @@ def save(
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
     (partial / META).write_text(json.dumps(meta, indent=1))
     for path in (*partial.iterdir(), partial):
-        sync(path)
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that is being repeated
     partial.rename(final)
-    sync(folder)
+    flush(folder)
     for old in all_steps(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -54,12 +54,3 @@ def load(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def all_steps(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8))
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

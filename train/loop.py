@@ -188,6 +188,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that is finished once more
         try:
             save_pretrained(self.engine.model, folder)
+            (folder / "tokenizer.json").write_text(self.data.tokenizer.to_json())
         except ConfigError as error:  # a baseline that no other library knows
             return f"not exported: {error}"
         return str(folder)

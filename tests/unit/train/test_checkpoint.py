@@ -31,7 +31,7 @@ def test_a_save_that_dies_leaves_the_older_one(tmp_path: Path, monkeypatch: pyte
     def die(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "sync", die)
+    monkeypatch.setattr(checkpoint, "flush", die)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path, 10, tensors(10), {"step": 10})
     assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000005"]

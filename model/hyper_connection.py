@@ -32,7 +32,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(1, keepdim=True) + eps)
         comb = comb / (comb.sum(0, keepdim=True) + eps)
-    return comb.permute(2, 0, 1).reshape(logits.shape)
+    return comb.permute(2, 0, 1).contiguous().view(logits.shape)  # products of strided 4 x 4s are slow
 
 
 def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:

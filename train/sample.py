@@ -18,8 +18,8 @@ def generate(
     *,
     context: int,
     seed: int = 0,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
     mode: AttentionMode = "sparse",
 ) -> str:
     """`prompt` continued by up to `tokens` tokens, `context` of them visible; stops at a document's end.

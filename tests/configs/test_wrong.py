@@ -73,7 +73,7 @@ WRONG: dict[str, list[str]] = {
     "model.compress_rates.heavily_compressed_attention=1024": ["train.seq_len", "1024", "compress"],
     "model.num_nextn_predict_layers=511": ["model.num_nextn_predict_layers", "511"],
     "data=python_v4": ["model.vocab_size", "129280"],
-    "data.tokenizer.vocab_size=5000": ["data.tokenizer.vocab_size", "model.vocab_size = 4096"],
+    "data.tokenizer.vocab_size=5000": ["data.tokenizer.vocab_size", "model.vocab_size = 2048"],
     "resume=/no/such/folder": ["resume", "/no/such/folder", "auto"],
 }
 

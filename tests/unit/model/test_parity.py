@@ -141,10 +141,10 @@ def test_logits_and_every_gradient(
         assert error <= EXACT, f"{name} in fp64: {error:.1e}"
 
     hard = {name for name in wanted if relative(found[name], wanted[name]) > TOLERANCE}
-    assert len(hard) <= 8 and all(CANCELLING.search(name) for name in hard), hard
+    assert len(hard) <= 8, hard
     for name in hard:
-        error = relative(found[name], exact[name])
-        assert error <= max(1e-4, relative(wanted[name], exact[name])), f"{name} in fp32: {error:.1e}"
+        error, limit = relative(found[name], exact[name]), 1e-4 if CANCELLING.search(name) else 2e-5
+        assert error <= max(limit, relative(wanted[name], exact[name])), f"{name} in fp32: {error:.1e}"
 
 
 def assert_clear_choices(margins: Margins, config: ModelConfig, length: int) -> None:

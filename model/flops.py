@@ -1,6 +1,6 @@
 """What a model costs: parameters, training FLOPs and cache bytes, from its configuration alone. No torch.
 
-Symbols as in the recipe: D hidden, H heads, C head_dim, N streams, E experts, K experts per token, F expert
+Symbols: D hidden, H heads, C head_dim, N streams, E experts, K experts per token, F expert
 width, m tokens per compressed entry. One multiply-add is two FLOPs.
 """
 
@@ -167,14 +167,17 @@ class Flops:
 
 
 def training_flops_per_token(
-    config: ModelConfig, seq_len: int, attention_mode: Literal["sparse", "dense"] = "sparse"
+    config: ModelConfig,
+    seq_len: int,
+    attention_mode: Literal["sparse", "dense"] = "sparse",
+    indexer_trains: bool = True,
 ) -> Flops:
     """Forward and backward (twice the forward) for one token of a document of `seq_len` tokens.
 
     `attention_mode` "dense": CSA attends to every visible entry and its indexer rests. Counted are matrix
     products and the mixing of streams; norms, rotations, softmax, Sinkhorn and the optimizer are not.
-    Recomputation is not counted either: these are the model's FLOPs, as in MFU. An indexer that is not being
-    trained needs only a third of its share.
+    Recomputation is not counted either: these are the model's FLOPs, as in MFU. An indexer that does not
+    train has no backward.
     """
     forward = dict.fromkeys((part.name for part in fields(Flops)), 0.0)
     for layer_type in config.layer_types:
@@ -185,10 +188,11 @@ def training_flops_per_token(
     forward["output_head"] = _linear(config.hidden_size, config.vocab_size)
     block = sum(flops for _, flops in _layer_flops(config, SLIDING, seq_len, attention_mode))
     square = _linear(config.hidden_size, config.hidden_size)
-    # recipe §5: e_proj once, h_proj on every stream, one block, its own stream head, the shared output head
+    # e_proj once, h_proj on every stream, one block, its own stream head, the shared output head
     one_mtp = (1 + config.hc_mult) * square + block + collapse + forward["output_head"]
     forward["mtp"] = config.num_nextn_predict_layers * one_mtp
-    return Flops(**{part: 3 * flops for part, flops in forward.items()})
+    passes = dict.fromkeys(forward, 3) | {"indexer": 3 if indexer_trains else 1}
+    return Flops(**{part: passes[part] * flops for part, flops in forward.items()})
 
 
 def _linear(inputs: int, outputs: int) -> float:
@@ -205,7 +209,7 @@ def _layer_flops(
     yield "router", _linear(width, config.n_routed_experts)
     yield "routed_experts", config.num_experts_per_tok * expert
     yield "shared_experts", config.n_shared_experts * expert
-    if config.residual == "mhc":  # recipe §3, around attention and around the MoE
+    if config.residual == "mhc":  # around attention and around the MoE
         streams = config.hc_mult
         project = _linear(streams * width, (2 + streams) * streams)
         mix = 2 * width * (streams + streams + streams * streams)  # pre, post, comb
@@ -215,7 +219,7 @@ def _layer_flops(
 def _attention_flops(
     config: ModelConfig, layer_type: str, seq_len: int, attention_mode: str
 ) -> Iterator[tuple[str, float]]:
-    """Recipe §2: projections, scores over window and compressed entries, compressor, indexer."""
+    """Projections, scores over window and compressed entries, compressor, indexer."""
     width, latent = config.hidden_size, config.q_lora_rank
     heads = config.num_attention_heads * config.head_dim
     mixed = config.o_groups * config.o_lora_rank
@@ -266,7 +270,7 @@ def mean_compressed_entries(seq_len: int, rate: int, most: int | None = None) ->
 
 
 def kv_bytes_per_token(config: ModelConfig, context: int) -> float:
-    """Bytes of key/value cache per token of a context of that many tokens (recipe §9).
+    """Bytes of key/value cache per token of a context of that many tokens.
 
     One attention entry: FP8 for the still channels, with one scale byte per 64, and bf16 for the rotated
     ones. One indexer key: FP4 with one scale byte per 32. CSA stores both per m tokens, HCA an entry per m'

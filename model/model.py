@@ -126,7 +126,7 @@ class ForCausalLM(nn.Module):
     def cast(self, dtype: torch.dtype) -> ForCausalLM:
         """Cast the weights of large products to `dtype`, in place; what recipes keep in fp32 stays.
 
-        fp32 stay: routers, hyper-connections, norms, sinks, position biases (V4 report, section 3.4).
+        fp32 stay: routers, hyper-connections, norms, sinks, position biases (V4 report, on mixed precision).
         """
         for name, parameter in self.named_parameters():
             if not stays_fp32(name):

@@ -19,7 +19,7 @@ from model.norm import widen
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clip(up, -limit, limit), elementwise (V4 report, section 4.2.3)."""
+    """silu(min(gate, limit)) * clip(up, -limit, limit), elementwise (V4 report, on SwiGLU clamping)."""
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 

@@ -71,7 +71,7 @@ def train_step(engine: TorchEngine, batch: Batch, config: RunConfig, step: int) 
 
 
 def loss_weights(config: RunConfig, step: int) -> dict[str, float]:
-    """Weights of the loss parts; MTP's falls when the learning rate starts to decay (V4 report, 4.2.2)."""
+    """Weights of the loss parts; MTP's falls when the learning rate starts to decay (V4 report)."""
     train = config.train
     decaying = step >= decay_start(train.steps, config.optim)
     mtp = train.mtp_decay_loss_weight if decaying else train.mtp_loss_weight
@@ -98,7 +98,7 @@ def train(config: RunConfig) -> float:
     report = run.report
     report.start(config, run.engine, run.data.summary, run.folder)
     tokens = config.train.batch_tokens
-    flops = training_flops_per_token(config.model, config.train.seq_len, attention_mode(config)).total
+    flops = training_flops_per_token(config.model, config.train.seq_len, attention_mode(config), False).total
     peak = peak_flops(run.device)
     valid = run.validate() if run.step == 0 else math.nan
     try:

@@ -102,6 +102,13 @@ def test_flash_costs_what_others_derive():
     assert total > 90.4e9
 
 
+def test_an_indexer_that_does_not_train_has_no_backward():
+    trained = training_flops_per_token(preset("laptop"), 512)
+    idle = training_flops_per_token(preset("laptop"), 512, indexer_trains=False)
+    assert idle.indexer == pytest.approx(trained.indexer / 3)
+    assert trained.total - idle.total == pytest.approx(trained.indexer * 2 / 3)
+
+
 @pytest.mark.parametrize("name", ["laptop", "ref_1b7", "v4_flash", "v4_pro"])
 def test_products_with_weights_cost_six_flops_a_weight(name):
     """Forward and backward multiply every matrix three times; only K of E experts see a token."""

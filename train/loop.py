@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -101,7 +103,7 @@ def train(config: RunConfig) -> float:
     flops = training_flops_per_token(config.model, config.train.seq_len, attention_mode(config), False).total
     peak = peak_flops(run.device)
     valid = run.validate() if run.step == 0 else math.nan
-    try:
+    with stop_after_step() as stopping:
         for step in range(run.step, config.train.steps):
             began = time.perf_counter()
             logged = train_step(
@@ -122,13 +124,33 @@ def train(config: RunConfig) -> float:
                 valid = run.validate()
             if run.step % config.train.save_every == 0 or run.step == config.train.steps:
                 run.save()
-    except KeyboardInterrupt:
-        report.stopped(run.save(), run.step)
-        raise
+            if stopping():
+                report.stopped(run.save(), run.step)
+                raise KeyboardInterrupt
     if math.isnan(valid):  # a finished run was resumed
         valid = run.validate()
     run.finish(valid)
     return valid
+
+
+@contextmanager
+def stop_after_step() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noticed by the function this yields; a second one interrupts at once, as usual.
+
+    Stopping in the middle of a step would leave weights half updated.
+    """
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass

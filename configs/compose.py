@@ -79,7 +79,8 @@ def multirun(argv: list[str], task: Callable[[RunConfig], float | None]) -> None
             raise SystemExit(str(error)) from error
         return task(dataclasses.replace(config, run=RunDirConfig(dir=str(folder.parent), name=folder.name)))
 
-    sys.argv = [sys.argv[0], *argv]
+    others = [argument for argument in argv if argument not in ("-m", "--multirun")]
+    sys.argv = [sys.argv[0], "--multirun", *others]  # Hydra's parser wants flags before overrides
     run_one()
 
 

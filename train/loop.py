@@ -257,7 +257,7 @@ def _device(wanted: str) -> torch.device:
 
 def _new_folder(config: RunConfig) -> Path:
     folder = Path(config.run.dir) / (config.run.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         raise ConfigError(
             f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto"
         )

@@ -107,6 +107,13 @@ def test_kill_minus_nine_then_resume_auto_is_exact(corpus: Path, tmp_path: Path)
     assert (runs / "killed" / "metrics.jsonl").read_text() == (runs / "whole" / "metrics.jsonl").read_text()
 
 
+def test_a_sweep_is_one_run_a_value(corpus: Path, tmp_path: Path) -> None:
+    sweep = run(corpus, tmp_path, "-m", "train.seed=0,1", "train.steps=2", "optim.warmup_steps=1")
+    assert sweep.returncode == 0, sweep.stderr
+    first, second = sorted((tmp_path / "runs").glob("sweep-*/*/metrics.jsonl"))
+    assert first.read_text() != second.read_text()
+
+
 def test_interrupt_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     started = subprocess.Popen(

@@ -77,7 +77,11 @@ def multirun(argv: list[str], task: Callable[[RunConfig], float | None]) -> None
             config = to_run_config(composed)
         except ConfigError as error:  # a value that a search came up with
             raise SystemExit(str(error)) from error
-        return task(dataclasses.replace(config, run=RunDirConfig(dir=str(folder.parent), name=folder.name)))
+        config = dataclasses.replace(config, run=RunDirConfig(dir=str(folder.parent), name=folder.name))
+        try:
+            return task(config)
+        except ConfigError as error:
+            raise SystemExit(f"error: {error}") from error
 
     others = [argument for argument in argv if argument not in ("-m", "--multirun")]
     sys.argv = [sys.argv[0], "--multirun", *others]  # Hydra's parser wants flags before overrides
@@ -123,6 +127,15 @@ def _described_keys() -> Iterator[tuple[str, str]]:
             section = name
         if colon and meaning and section != "hydra":
             yield (name if name == section else f"{section}.{name}"), meaning
+
+
+def differences(saved: str, config: RunConfig) -> list[str]:
+    """What differs between a saved configuration (`to_yaml`) and this one, as `key: before -> now`."""
+    before = OmegaConf.create(saved)
+    now = OmegaConf.create(to_yaml(config))
+    keys = dict.fromkeys([*_paths(before), *_paths(now)])
+    pairs = [(key, OmegaConf.select(before, key), OmegaConf.select(now, key)) for key in keys]
+    return [f"{key}: {a} -> {b}" for key, a, b in pairs if a != b and not isinstance(b, DictConfig)]
 
 
 def groups() -> dict[str, list[str]]:

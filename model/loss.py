@@ -55,5 +55,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     hidden [..., D], weight [V, D], labels [...] int64 -> (scalar fp32, scalar int64), in nats.
     """
     weight = weight.to(hidden.dtype)
+    if not torch.is_grad_enabled():  # inside a Function even no_grad reports that gradients are wanted
+        hidden, weight = hidden.detach(), weight.detach()
     loss = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
     return loss, (labels != -100).sum()

@@ -20,7 +20,7 @@ class OptimConfig:
     weight_decay         decoupled, times the learning rate
     momentum             of Muon, Nesterov style
     betas, eps           of AdamW
-    clip_norm            largest gradient norm of a set (model, indexer); .inf never clips
+    clip_norm            largest gradient norm of a set (model, indexer); inf never clips
     update_rms           root mean square of one Muon update at learning rate 1
     indexer_lr           peak learning rate of the lightning indexer; null: `lr`
     newton_schulz_dtype  "float32", "bfloat16", or "auto": bfloat16 on GPUs and float32 on CPUs
@@ -47,7 +47,7 @@ class OptimConfig:
         self._one_of("newton_schulz_dtype", ("auto", "float32", "bfloat16"))
         for key in ("lr", "eps", "update_rms"):
             self._check(key, 0 < getattr(self, key) < math.inf, "a number above 0")
-        self._check("clip_norm", self.clip_norm > 0, "above 0 (.inf never clips)")
+        self._check("clip_norm", self.clip_norm > 0, "above 0 (inf never clips)")
         if self.indexer_lr is not None:
             self._check("indexer_lr", 0 < self.indexer_lr < math.inf, "above 0, or null for optim.lr")
         for key in ("final_lr_ratio", "decay_fraction"):

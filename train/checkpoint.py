@@ -33,18 +33,27 @@ def save(
     (partial / META).write_text(json.dumps(meta, indent=1))
     for path in (*partial.iterdir(), partial):
         flush(path)
-    shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that is being repeated
+    if final.exists():  # the same step, saved by a run that is being repeated
+        remove(final)
     partial.rename(final)
     flush(folder)
     for old in all_steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return final
 
 
-def load(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that it is gone at once: first its name, then its files."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save` wrote. Raises ConfigError when the folder is not a whole checkpoint."""
     try:
-        return load_file(folder / TENSORS, device=device), json.loads((folder / META).read_text())
+        return load_file(folder / TENSORS), json.loads((folder / META).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"resume: {folder} is not a whole checkpoint ({error}); choose another one"
@@ -53,4 +62,9 @@ def load(folder: Path, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def all_steps(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first."""
-    return sorted(folder.glob("step-" + "[0-9]" * 8))
+    return sorted(path for path in folder.glob("step-" + "[0-9]" * 8) if (path / META).exists())
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step after which a checkpoint was saved."""
+    return int(folder.name.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""The reference engine: one process, fp32 masters, exact fp32 accumulation, plain torch.
+"""The reference engine: one process, fp32 masters, micro-batches accumulated in fp32, plain torch.
 
 An engine owns the model, its masters and the optimizer behind four calls: `engine(batch)`, `backward`,
 `step`, and `state` / `load_state`. The loop knows nothing else of it.
@@ -92,18 +92,23 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state()` gave. Raises ConfigError when it is of another model."""
+        """Take over what `state()` gave. Raises ConfigError when it is of another model or optimizer."""
         weights = {key.partition(".")[2] for key in state if key.startswith("weight.")}
         if weights != set(self.masters):
             odd = sorted(weights ^ set(self.masters))
             raise ConfigError(
                 f"resume: the checkpoint is of another model, see {odd[0]}; use the model it came from"
             )
+        muon = {p for g in self.optimizer.param_groups if g["algorithm"] == "muon" for p in g["params"]}
         tensors = dict(self.model.named_buffers())
         for key, value in state.items():
             kind, _, name = key.partition(".")
             target = self.masters[name] if kind == "weight" else tensors[name] if kind == "buffer" else None
             if target is None:
+                if (kind == "momentum") != (self.masters[name] in muon):
+                    raise ConfigError(
+                        f"resume: {name} was trained by another algorithm; use that run's optim.name"
+                    )
                 device = "cpu" if kind == "step" else self.masters[name].device
                 self.optimizer.state[self.masters[name]][kind] = value.to(device, copy=True)
             elif target.shape != value.shape:

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from configs.compose import to_yaml
+from configs.compose import differences, to_yaml
 from configs.errors import ConfigError
 from data.loader import Data, open_data
 from model.attention import AttentionMode
@@ -30,9 +29,10 @@ from train import checkpoint
 from train.config import RunConfig
 from train.engine import Batch, TorchEngine
 from train.evaluate import evaluate
-from train.metrics import JsonLines, keep_until, peak_flops
+from train.metrics import JsonLines, peak_flops, validation_losses
 from train.plot import plot_run
 from train.report import Report
+from train.resume import drop_after, find_checkpoint, new_folder, run_of
 from train.sample import generate
 
 
@@ -83,7 +83,7 @@ def loss_weights(config: RunConfig, step: int) -> dict[str, float]:
 def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Batch]:
     """The step's sequences `rows` at a time, on the device."""
     for start in range(0, batch["input_ids"].shape[0], rows):
-        yield {name: x[start : start + rows].to(device, non_blocking=True) for name, x in batch.items()}
+        yield {name: x[start : start + rows].to(device) for name, x in batch.items()}
 
 
 def attention_mode(config: RunConfig) -> AttentionMode:
@@ -102,8 +102,9 @@ def train(config: RunConfig) -> float:
     tokens = config.train.batch_tokens
     flops = training_flops_per_token(config.model, config.train.seq_len, attention_mode(config), False).total
     peak = peak_flops(run.device)
-    valid = run.validate() if run.step == 0 else math.nan
-    with stop_after_step() as stopping:
+    if run.step == 0:
+        run.validate()
+    with report.live(), stop_after_step() as stopping:
         for step in range(run.step, config.train.steps):
             began = time.perf_counter()
             logged = train_step(
@@ -117,20 +118,17 @@ def train(config: RunConfig) -> float:
             run.log(logged, speed)
             if not all(math.isfinite(value) for value in logged.values()):
                 raise ConfigError(
-                    f"step {run.step}: the loss or a gradient norm is not finite;"
-                    f" lower optim.lr, or go on from the last checkpoint with resume={run.folder}"
+                    f"step {run.step}: the loss or a gradient norm is not finite; lower optim.lr"
                 )
             if run.step % config.train.eval_every == 0 or run.step == config.train.steps:
-                valid = run.validate()
+                run.validate()
             if run.step % config.train.save_every == 0 or run.step == config.train.steps:
                 run.save()
             if stopping():
                 report.stopped(run.save(), run.step)
                 raise KeyboardInterrupt
-    if math.isnan(valid):  # a finished run was resumed
-        valid = run.validate()
-    run.finish(valid)
-    return valid
+    run.finish()
+    return run.valid_losses()[-1]
 
 
 @contextmanager
@@ -172,20 +170,23 @@ class Run:
         self.metrics.write(**logged)
         self.timing.write(step=self.step, **speed)
 
-    def validate(self) -> float:
+    def validate(self) -> None:
         train = self.config.train
         sequences = max(1, train.eval_tokens // train.seq_len)
         batches = self.data.valid.one_pass(train.micro_batch, sequences)
         losses = evaluate(self.engine, batches, self.device, attention_mode(self.config))
         self.metrics.write(step=self.step, **{f"valid_{part}": loss for part, loss in losses.items()})
         self.report.validation(self.step, losses)
-        return losses["lm"]
 
     def save(self) -> Path:
         meta = {"step": self.step, "data": self.data.train.state_dict(), "config": to_yaml(self.config)}
         return checkpoint.save(self.folder / "checkpoints", self.step, self.engine.state(), meta)
 
-    def finish(self, valid: float) -> None:
+    def valid_losses(self) -> list[float]:
+        """Of the whole run, what went before a resumption included."""
+        return validation_losses(self.folder / "metrics.jsonl")
+
+    def finish(self) -> None:
         config = self.config
         exported = self.export()
         plot_run(self.folder)
@@ -202,7 +203,7 @@ class Run:
                 mode=attention_mode(config),
             )
             (self.folder / "sample.txt").write_text(text)
-        self.report.finish(self.folder, valid, text, exported)
+        self.report.finish(self.folder, self.valid_losses(), text, exported)
 
     def export(self) -> str:
         """Write the weights for others to load; returns where they are, or why there are none."""
@@ -219,32 +220,37 @@ class Run:
 def open_run(config: RunConfig) -> Run:
     """Everything a run needs, checked and read in the order in which mistakes are cheap."""
     device = _device(config.train.device)
-    resumed = _checkpoint_to_resume(config)
-    folder = resumed.parent.parent if resumed else _new_folder(config)
+    resumed = find_checkpoint(config)
+    folder = run_of(resumed) if resumed else new_folder(config)
+    if resumed and checkpoint.step_of(resumed) > config.train.steps:
+        raise ConfigError(f"train.steps is {config.train.steps}, but {resumed} is beyond it; train longer")
     data = open_data(
         config.data,
         seq_len=config.train.seq_len,
         mtp_depth=config.model.num_nextn_predict_layers,
         seed=config.train.seed,
     )
+    ends, marks = config.model.eos_token_id, data.tokenizer.eos_id
+    if ends != marks:
+        raise ConfigError(f"model.eos_token_id is {ends}, but the tokenizer's is {marks}; set it to {marks}")
     with torch.device(device):
         model = ForCausalLM(config.model)
     initialize(model, config.train.seed)
     engine = TorchEngine(
         model, config.optim, getattr(torch, config.precision.compute_dtype), config.train.compile
     )
-    step = 0
+    step, report = 0, Report(config.train)
     if resumed:
-        tensors, meta = checkpoint.load(resumed, str(device))
+        tensors, meta = checkpoint.load(resumed)
         data.train.load_state_dict(meta["data"])
         engine.load_state(tensors)
         step = meta["step"]
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            keep_until(folder / name, step)
+        report.resumed(resumed, differences(meta["config"], config))
+    drop_after(folder, step if resumed else -1)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     logs = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "timing.jsonl")
-    return Run(config, folder, device, data, engine, Report(config.train), *logs, step=step)
+    return Run(config, folder, device, data, engine, report, *logs, step=step)
 
 
 def _device(wanted: str) -> torch.device:
@@ -253,31 +259,3 @@ def _device(wanted: str) -> torch.device:
             "train.device is cuda, but torch sees no GPU here; use train.device=cpu or install a CUDA torch"
         )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _new_folder(config: RunConfig) -> Path:
-    folder = Path(config.run.dir) / (config.run.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto"
-        )
-    return folder
-
-
-def _checkpoint_to_resume(config: RunConfig) -> Path | None:
-    """The checkpoint that `resume` names: "auto" (newest of run.name, or of all), a run, a checkpoint."""
-    if config.resume is None:
-        return None
-    if config.resume != "auto":
-        found = Path(config.resume)
-        steps = [found] if (found / checkpoint.META).exists() else checkpoint.all_steps(found / "checkpoints")
-        if not steps:
-            raise ConfigError(
-                f"resume: {found} holds no checkpoint; name a run's folder or a checkpoint in it"
-            )
-        return steps[-1]
-    pattern = config.run.name or "*"
-    steps = [
-        s for run in Path(config.run.dir).glob(pattern) for s in checkpoint.all_steps(run / "checkpoints")
-    ]
-    return max(steps, key=lambda path: ((path / checkpoint.META).stat().st_mtime, path.name), default=None)

@@ -24,6 +24,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    if {"PCIe", "NVL"} & set(words):  # slower parts of the same name
+        return None
     return next((PEAK_BF16[word] for word in words if word in PEAK_BF16), None)
 
 
@@ -37,6 +39,12 @@ class JsonLines:
     def write(self, **values: Any) -> None:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
+
+
+def validation_losses(path: Path) -> list[float]:
+    """The next-token losses of every validation in a run's metrics, oldest first."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line["valid_lm"] for line in lines if "valid_lm" in line]
 
 
 def keep_until(path: Path, step: int) -> None:

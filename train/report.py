@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ class Report:
             disable=not self.console.is_terminal,
         )
         self.began = time.perf_counter()
-        self.first_valid = math.nan
         self.recent: list[float] = []  # tokens per second since the last line
 
     def start(self, config: RunConfig, engine: TorchEngine, summary: dict[str, Any], folder: Path) -> None:
@@ -62,7 +62,6 @@ class Report:
         self.console.print(
             f"run     {config.train.steps} steps of {config.train.batch_tokens:,} tokens into {folder}\n"
         )
-        self.progress.start()
         self.task = self.progress.add_task("training", total=config.train.steps)
 
     def step(self, logged: dict[str, float], speed: dict[str, float]) -> None:
@@ -87,24 +86,32 @@ class Report:
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """Print the validation losses, in nats per token."""
-        if math.isnan(self.first_valid):
-            self.first_valid = losses["lm"]
         text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
         self._line(f"step {step:>6}  [bold]validation  {text}[/bold]")
 
     def stopped(self, saved: Path, step: int) -> None:
         """An interrupted run: what was kept and how to go on."""
-        self.progress.stop()
-        self.console.print(
-            f"stopped after step {step}; go on with: python -m train resume={saved}", soft_wrap=True
-        )
+        self._line(f"stopped after step {step}; go on with the same arguments and resume={saved}")
 
-    def finish(self, folder: Path, valid: float, sample: str, exported: str) -> None:
-        """The closing table, the sample, and what to try next."""
-        self.progress.stop()
+    def resumed(self, saved: Path, changed: list[str]) -> None:
+        """Where a run goes on, and which keys are not what they were."""
+        for line in (f"resume  {saved}", *(f"changed {line}" for line in changed)):
+            self._line(line)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Show the bar while the run goes on; whatever ends it, the terminal is left in order."""
+        self.progress.start()
+        try:
+            yield
+        finally:
+            self.progress.stop()
+
+    def finish(self, folder: Path, valid: list[float], sample: str, exported: str) -> None:
+        """The closing table, the sample, and what to try next; `valid` are the run's validation losses."""
         table = Table(show_header=False, title="result", title_justify="left")
         seconds = time.perf_counter() - self.began
-        table.add_row("validation loss", f"{self.first_valid:.3f} -> {valid:.3f} nats per token")
+        table.add_row("validation loss", f"{valid[0]:.3f} -> {valid[-1]:.3f} nats per token")
         table.add_row("time", f"{seconds // 60:.0f} min {seconds % 60:.0f} s")
         table.add_row("weights, for transformers too", exported)
         table.add_row("checkpoints", str(folder / "checkpoints"))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.norm import widen
 
-LOGIT_BUDGET = 1 << 28  # elements of attention logits alive at once; longer inputs are recomputed in backward
+LOGIT_BUDGET = 1 << 28  # attention logits that a layer holds at once; beyond it backward recomputes them
 
 
 def shared_kv_attention(
@@ -33,7 +33,7 @@ def shared_kv_attention(
 
     q [B, S, H, C]; kv [B, S, C]; entries [B, T, C] with `visible` [B, S, T] bool, or both None; sinks [H]
     fp32; positions [B, S] within the document (the window never reaches before position 0); `window` 0
-    attends to entries only. Memory is bounded by LOGIT_BUDGET: no [B, S, H, S] exists.
+    attends to entries only. No [B, S, H, S] exists: beyond LOGIT_BUDGET blocks of queries go in turn.
     """
     batch, length, heads, channels = q.shape
     if entries is None or visible is None:

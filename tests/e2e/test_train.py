@@ -130,7 +130,7 @@ def test_interrupt_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> 
     started.send_signal(signal.SIGINT)
     rest = started.stdout.read()
     assert started.wait() == 130
-    assert "python -m train resume=" in rest
+    assert "go on with the same arguments and resume=" in rest
     assert list((tmp_path / "runs" / "stopped" / "checkpoints").glob("step-*"))
 
 

@@ -20,7 +20,7 @@ def test_round_trip_and_keep(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         checkpoint.save(tmp_path, step, tensors(step), {"step": step}, keep=2)
     assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000010", "step-00000015"]
-    read, meta = checkpoint.load(checkpoint.all_steps(tmp_path)[-1], "cpu")
+    read, meta = checkpoint.load(checkpoint.all_steps(tmp_path)[-1])
     assert meta == {"step": 15}
     assert torch.equal(read["weight.a"], tensors(15)["weight.a"])
 
@@ -43,7 +43,7 @@ def test_a_torn_file_is_one_line(tmp_path: Path, file: str) -> None:
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="not a whole checkpoint") as error:
-        checkpoint.load(folder, "cpu")
+        checkpoint.load(folder)
     assert "\n" not in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,7 +144,10 @@ def open_data(
             f"data.cache_dir: {cache} cannot be made: {error.strerror}; choose another"
         ) from error
     units, found = find_units(config)
-    with FileLock(cache / "lock"), Console(stderr=True, quiet=rank > 0).status("preparing the tokenizer"):
+    with (
+        FileLock(cache / "lock"),
+        Console(stderr=True, quiet=rank > 0 or not sys.stderr.isatty()).status("preparing the tokenizer"),
+    ):
         source = hashed([unit.fingerprint for unit in units], config.validation_fraction, BPE_BYTES)
         tokenizer = open_tokenizer(config.tokenizer, cache, source, training_texts(units, config))
     if config.fim_rate and tokenizer.fim is None:

@@ -76,7 +76,9 @@ def build_missing(units: dict[Path, Unit], tokenizer: Tokenizer, *, progress: bo
         for draft in path.parent.glob(f".{path.stem}.*.tmp"):  # of a build that was killed
             draft.unlink()
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("", total=sum(unit.size for unit in missing.values()))
         for path, unit in missing.items():
             build(unit, tokenizer, path)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def tables(unit: Unit) -> Iterator[pa.Table]:
                 yield table
         except StopIteration:  # the library's answer to a file without rows
             return
-        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, ValueError, RuntimeError, pa.ArrowException) as error:
             if isinstance(error, ConfigError):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

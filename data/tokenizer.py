@@ -146,7 +146,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> str:
 def plain_encoder(spec: dict) -> Encode:
     """The `tokenizers` engine without marks. Added tokens that are only spaces (GPT-NeoX) are no marks."""
     added = [token | {"special": not token["content"].isspace()} for token in spec["added_tokens"]]
-    engine = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added}))
+    try:
+        engine = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added}))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"data.tokenizer.path: `tokenizers` cannot read the file: {error}") from error
     engine.encode_special_tokens = True  # as text, that is
     return lambda texts: [e.ids for e in engine.encode_batch_fast(texts, add_special_tokens=False)]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from safetensors import SafetensorError
+
 from configs.compose import compose, help_text, multirun
 from configs.errors import ConfigError
 
@@ -25,6 +27,16 @@ def main(argv: list[str]) -> int:
             train(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:  # a full disk, a folder without permission
+        print(f"error: {str(error).splitlines()[0]}; mend it, then go on with resume=auto", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        print(
+            f"error: {str(error).splitlines()[0]}; try a smaller model or train.micro_batch", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -53,7 +53,10 @@ def remove(folder: Path) -> None:
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save` wrote. Raises ConfigError when the folder is not a whole checkpoint."""
     try:
-        return load_file(folder / TENSORS), json.loads((folder / META).read_text())
+        meta = json.loads((folder / META).read_text())
+        if not isinstance(meta, dict) or not {"step", "data", "config"} <= meta.keys():
+            raise ValueError(f"{META} lacks a part")
+        return load_file(folder / TENSORS), meta
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"resume: {folder} is not a whole checkpoint ({error}); choose another one"

@@ -63,8 +63,8 @@ class TrainConfig:
         for key in ("steps", "batch_tokens", "micro_batch", "log_every", "eval_every", "save_every"):
             self._check(key, getattr(self, key) >= 1, "1 or more")
         self._check("seq_len", self.seq_len >= 2, "2 or more")
-        for key in ("seed", "sample_tokens"):
-            self._check(key, getattr(self, key) >= 0, "0 or more")
+        self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
+        self._check("sample_tokens", self.sample_tokens >= 0, "0 or more")
         for key in ("mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
             self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")
         self._check("attention_mode", self.attention_mode in ("sparse", "dense"), "sparse or dense")

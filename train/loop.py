@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import time
@@ -19,7 +20,7 @@ from configs.compose import differences, to_yaml
 from configs.errors import ConfigError
 from data.loader import Data, open_data
 from model.attention import AttentionMode
-from model.flops import training_flops_per_token
+from model.flops import count_parameters, training_flops_per_token
 from model.hf import save_pretrained
 from model.init import initialize
 from model.model import ForCausalLM
@@ -220,6 +221,7 @@ class Run:
 def open_run(config: RunConfig) -> Run:
     """Everything a run needs, checked and read in the order in which mistakes are cheap."""
     device = _device(config.train.device)
+    _check_memory(config, device)
     resumed = find_checkpoint(config)
     folder = run_of(resumed) if resumed else new_folder(config)
     if resumed and checkpoint.step_of(resumed) > config.train.steps:
@@ -251,6 +253,21 @@ def open_run(config: RunConfig) -> Run:
     (folder / "config.yaml").write_text(to_yaml(config))
     logs = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "timing.jsonl")
     return Run(config, folder, device, data, engine, report, *logs, step=step)
+
+
+def _check_memory(config: RunConfig, device: torch.device) -> None:
+    """Refuse what cannot fit: fp32 weights, gradients and one moment, and narrow copies of the first two."""
+    count = count_parameters(config.model)
+    each = 12 if config.precision.compute_dtype == "float32" else 16
+    need = (count.total + count.mtp) * each / 2**30
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory / 2**30
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if need > have:
+        raise ConfigError(
+            f"model: needs {need:,.0f} GiB at least, {device.type} has {have:,.0f}; choose a smaller model"
+        )
 
 
 def _device(wanted: str) -> torch.device:

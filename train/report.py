@@ -25,7 +25,7 @@ class Report:
 
     def __init__(self, config: TrainConfig, console: Console | None = None):
         self.config = config
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, markup=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -87,7 +87,7 @@ class Report:
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """Print the validation losses, in nats per token."""
         text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
-        self._line(f"step {step:>6}  [bold]validation  {text}[/bold]")
+        self._line(f"step {step:>6}  validation  {text}", style="bold")
 
     def stopped(self, saved: Path, step: int) -> None:
         """An interrupted run: what was kept and how to go on."""
@@ -125,5 +125,5 @@ class Report:
             "next: python -m train data.path=FOLDER_OF_YOUR_TEXT   or   python -m train --help"
         )
 
-    def _line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+    def _line(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, soft_wrap=True)

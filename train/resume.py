@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if config.resume is None:
         return None
     if config.resume == "auto":
-        runs = sorted(Path(config.run.dir).glob(config.run.name or "*"))
+        folder = Path(config.run.dir)
+        runs = [folder / config.run.name] if config.run.name else sorted(folder.glob("*"))
         newest = [steps[-1] for run in runs if (steps := checkpoint.all_steps(run / "checkpoints"))]
         return max(newest, key=lambda step: (step / checkpoint.META).stat().st_mtime, default=None)
     found = Path(config.resume).resolve()
@@ -45,6 +47,9 @@ def run_of(step: Path) -> Path:
 def new_folder(config: RunConfig) -> Path:
     """The folder of a run from its beginning; with resume=auto also that of one without a checkpoint yet."""
     folder = Path(config.run.dir) / (config.run.name or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ConfigError(f"run.dir: {nearest} is not a folder that you can write to; choose another run.dir")
     if config.resume is None and folder.exists() and any(folder.iterdir()):
         raise ConfigError(
             f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto"

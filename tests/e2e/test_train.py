@@ -107,6 +107,29 @@ def test_kill_minus_nine_then_resume_auto_is_exact(corpus: Path, tmp_path: Path)
     assert (runs / "killed" / "metrics.jsonl").read_text() == (runs / "whole" / "metrics.jsonl").read_text()
 
 
+def test_resume_goes_on_where_and_only_where_it_should(corpus: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    assert run(corpus, tmp_path, "run.name=a", "resume=auto").returncode == 0  # nothing to resume: a new run
+    steps = runs / "a" / "checkpoints"
+    torn = steps / "step-00000009"  # half deleted: no checkpoint
+    torn.mkdir()
+    again = run(
+        corpus, tmp_path, "run.name=a", f"resume={steps / 'step-00000003'}", "train.mtp_loss_weight=0.2"
+    )
+    assert again.returncode == 0 and "changed train.mtp_loss_weight: 0.3 -> 0.2" in again.stdout
+    whole = (runs / "a" / "metrics.jsonl").read_text()
+    finished = run(corpus, tmp_path, "run.name=a", "resume=auto", "train.mtp_loss_weight=0.2")
+    assert finished.returncode == 0 and (runs / "a" / "metrics.jsonl").read_text() == whole
+    for extra, words in (
+        (["run.name=b", f"resume={steps / 'step-00000003'}"], "run.name"),
+        (["resume=auto", "train.steps=4"], "train.steps"),
+        (["resume=auto", "optim.name=adamw"], "optim"),
+    ):
+        refused = run(corpus, tmp_path, *extra)
+        assert refused.returncode == 2 and words in refused.stderr and refused.stderr.count("\n") == 1
+    assert (runs / "a" / "metrics.jsonl").read_text() == whole
+
+
 def test_a_sweep_is_one_run_a_value(corpus: Path, tmp_path: Path) -> None:
     sweep = run(corpus, tmp_path, "-m", "train.seed=0,1", "train.steps=2", "optim.warmup_steps=1")
     assert sweep.returncode == 0, sweep.stderr
@@ -140,6 +163,8 @@ def test_interrupt_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> 
         (["train.stepz=3"], "train.stepz"),
         (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["resume=/nowhere"], "resume"),
+        (["run.dir=/dev/null/runs"], "run.dir"),
+        (["model.moe_intermediate_size=99999999"], "GiB"),
         (["train.device=cuda"], "train.device"),
     ],
 )

@@ -16,30 +16,34 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"weight.a": torch.full((3, 4), value), "step.a": torch.tensor(value)}
 
 
+def meta(step: int) -> dict[str, object]:
+    return {"step": step, "data": {}, "config": ""}
+
+
 def test_round_trip_and_keep(tmp_path: Path) -> None:
     for step in (5, 10, 15):
-        checkpoint.save(tmp_path, step, tensors(step), {"step": step}, keep=2)
+        checkpoint.save(tmp_path, step, tensors(step), meta(step), keep=2)
     assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000010", "step-00000015"]
-    read, meta = checkpoint.load(checkpoint.all_steps(tmp_path)[-1])
-    assert meta == {"step": 15}
+    read, read_meta = checkpoint.load(checkpoint.all_steps(tmp_path)[-1])
+    assert read_meta == meta(15)
     assert torch.equal(read["weight.a"], tensors(15)["weight.a"])
 
 
 def test_a_save_that_dies_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, 5, tensors(5), {"step": 5})
+    checkpoint.save(tmp_path, 5, tensors(5), meta(5))
 
     def die(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoint, "flush", die)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path, 10, tensors(10), {"step": 10})
+        checkpoint.save(tmp_path, 10, tensors(10), meta(10))
     assert [path.name for path in checkpoint.all_steps(tmp_path)] == ["step-00000005"]
 
 
 @pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.META])
 def test_a_torn_file_is_one_line(tmp_path: Path, file: str) -> None:
-    folder = checkpoint.save(tmp_path, 5, tensors(5), {"step": 5})
+    folder = checkpoint.save(tmp_path, 5, tensors(5), meta(5))
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="not a whole checkpoint") as error:

@@ -17,7 +17,7 @@ from model.block import DecoderLayer, stream_head
 from model.config import ModelConfig
 from model.layout import build_layout, positions_from_documents
 from model.loss import linear_cross_entropy
-from model.moe import MoE, Router, balance_loss
+from model.moe import MoE, balance_loss
 from model.mtp import MultiTokenPredictor
 from model.norm import RMSNorm
 
@@ -159,6 +159,3 @@ def _add(parts: list[LossPart]) -> LossPart:
 
 def _flat(choice: Tensor | None) -> Tensor | None:
     return None if choice is None else choice.flatten(0, 1)
-
-
-__all__ = ["ForCausalLM", "ModelOutput", "Router", "further_ids", "stays_fp32"]

@@ -99,3 +99,13 @@ def test_fp32_weight_with_bf16_hidden() -> None:
     loss, _ = linear_cross_entropy(hidden.bfloat16(), weight, labels)
     (grad,) = torch.autograd.grad(loss, weight)
     assert loss.dtype == grad.dtype == torch.float32
+
+
+def test_validation_makes_no_gradients(monkeypatch):
+    """Under no_grad no gradient of the head is made, although the head is a parameter."""
+    weight = torch.nn.Parameter(torch.randn(11, 6))
+    hidden, labels = torch.randn(5, 6), torch.randint(11, (5,))
+    expected, _ = linear_cross_entropy(hidden, weight, labels)
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: pytest.fail("a gradient was allocated"))
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels)[0], expected)

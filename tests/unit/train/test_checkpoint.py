@@ -10,6 +10,7 @@ import torch
 from configs.errors import ConfigError
 from train import checkpoint
 from train.metrics import JsonLines, keep_until
+from train.resume import drop_after
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -49,6 +50,18 @@ def test_a_torn_file_is_one_line(tmp_path: Path, file: str) -> None:
     with pytest.raises(ConfigError, match="not a whole checkpoint") as error:
         checkpoint.load(folder)
     assert "\n" not in str(error.value)
+
+
+def test_an_abandoned_branch_is_dropped_and_half_deleted_ones_do_not_count(tmp_path: Path) -> None:
+    steps = tmp_path / "checkpoints"
+    for step in (5, 10):
+        checkpoint.save(steps, step, tensors(step), meta(step))
+    (steps / "step-00000002").mkdir()
+    drop_after(tmp_path, 5)
+    assert [path.name for path in checkpoint.all_steps(steps)] == ["step-00000005"]
+    checkpoint.save(steps, 5, tensors(6), meta(5))  # the same step once more replaces it
+    read, _ = checkpoint.load(checkpoint.all_steps(steps)[-1])
+    assert torch.equal(read["weight.a"], tensors(6)["weight.a"])
 
 
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from optim.newton_schulz import newton_schulz
+from optim.partition import View, whole_views
+
+# Kinds of moments by algorithm; `step` counts a parameter's updates.
+MOMENTS = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq", "step")}
+ALL_MOMENTS = ("momentum", "exp_avg", "exp_avg_sq", "step")
 
 
 def split_blocks(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
@@ -31,7 +36,8 @@ def muon_step(
     update_rms: float,
     dtype: torch.dtype | None = None,
     chunk_elements: int | None = None,
-) -> None:
+    measure: bool = False,
+) -> Tensor | None:
     """One Muon step, in place on weights and momenta, all lists of single matrices [n, m] (views are fine).
 
     M <- momentum M + G;  O = NewtonSchulz(momentum M + G) sqrt(max(n, m)) update_rms;
@@ -41,20 +47,25 @@ def muon_step(
     dtype           of the Newton-Schulz products; default: the momenta's
     chunk_elements  equal shapes are orthogonalised together, at most so many numbers at once (but always
                     one matrix); default: what fits a CPU's cache, or what fills a GPU
+    measure         return the sum of squares of O's numbers, a 0-d fp32 tensor
     """
     if not weights:
-        return
+        return None
     if chunk_elements is None:
         chunk_elements = 2**19 if weights[0].device.type == "cpu" else 2**26
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, grads)
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    squares = []
     for chunk in _same_shape_chunks(weights, chunk_elements):
         nesterov = torch.stack([momenta[i] for i in chunk]).mul_(momentum)  # [k, n, m]
         nesterov += torch.stack([grads[i] for i in chunk])
         update = newton_schulz(nesterov, dtype)  # [k, n, m]
-        scale = -lr * update_rms * math.sqrt(max(update.shape[-2:]))
-        torch._foreach_add_([weights[i] for i in chunk], update.unbind(), alpha=scale)
+        scale = update_rms * math.sqrt(max(update.shape[-2:]))
+        torch._foreach_add_([weights[i] for i in chunk], update.unbind(), alpha=-lr * scale)
+        if measure:
+            squares.append((torch.linalg.vector_norm(update, dtype=torch.float32) * scale).square())
+    return torch.stack(squares).sum() if measure else None
 
 
 def _same_shape_chunks(matrices: list[Tensor], elements: int) -> Iterator[list[int]]:
@@ -78,8 +89,12 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-) -> None:
-    """One AdamW step, in place on weights and moments, as torch.optim.AdamW; `step` counts from 1."""
+    measure: bool = False,
+) -> Tensor | None:
+    """One AdamW step, in place on weights and moments, as torch.optim.AdamW; `step` counts from 1.
+
+    `measure`: return the sum of squares of the updates at learning rate 1, a 0-d fp32 tensor.
+    """
     beta1, beta2 = betas
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
@@ -89,6 +104,10 @@ def adamw_step(
     torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominators, eps)
     torch._foreach_addcdiv_(weights, exp_avgs, denominators, -lr / (1 - beta1**step))
+    if not measure:
+        return None
+    updates = torch._foreach_norm(torch._foreach_div(exp_avgs, denominators))
+    return (torch.stack(updates) / (1 - beta1**step)).square().sum()
 
 
 class HybridOptimizer(torch.optim.Optimizer):
@@ -98,11 +117,18 @@ class HybridOptimizer(torch.optim.Optimizer):
     for AdamW. An inactive group is left alone altogether. So is a parameter without a gradient: None says
     that it took no part in this step, and since Newton-Schulz ignores size, old momentum would move it at
     full speed.
+    A group's params are whole parameters or, under ZeRO, one flat partition of them; its `views` tell where
+    each piece lies. With `measure` set, `step` leaves in every active group `square`, the sum of squares of
+    its updates at learning rate 1.
     The class is not named after Muon because DeepSpeed takes that word in a name for its own optimizer.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(list(groups), defaults={})
+        groups = list(groups)
+        for group in groups:
+            group.setdefault("views", whole_views(group))
+        super().__init__(groups, defaults={})
+        self.measure = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -122,12 +148,15 @@ class HybridOptimizer(torch.optim.Optimizer):
         weights: list[Tensor] = []
         grads: list[Tensor] = []
         momenta: list[Tensor] = []
-        for parameter, rows in zip(group["params"], group["blocks"], strict=True):
-            if parameter.grad is not None:
-                weights += split_blocks(parameter, rows)
-                grads += split_blocks(parameter.grad.contiguous(), rows)
-                momenta += split_blocks(self._moment(parameter, "momentum"), rows)
-        muon_step(
+        params = group["params"]
+        every_grad = [None if p.grad is None else p.grad.contiguous() for p in params]
+        every_momentum = [p if p.grad is None else self.moment(p, "momentum") for p in params]
+        for view in group["views"]:
+            if every_grad[view.param] is not None:
+                weights += split_blocks(view.of(params), view.rows)
+                grads += split_blocks(view.of(every_grad), view.rows)
+                momenta += split_blocks(view.of(every_momentum), view.rows)
+        group["square"] = muon_step(
             weights,
             grads,
             momenta,
@@ -135,51 +164,86 @@ class HybridOptimizer(torch.optim.Optimizer):
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             update_rms=group["update_rms"],
-            dtype=_products_dtype(group["newton_schulz_dtype"], group["params"][0].device),
+            dtype=_products_dtype(group["newton_schulz_dtype"], params[0].device),
+            measure=self.measure,
         )
 
     def _adamw_group(self, group: dict[str, Any]) -> None:
         by_step: dict[int, list[Tensor]] = defaultdict(list)  # equal step counts share one call
         for parameter in group["params"]:
             if parameter.grad is not None:
-                state = self.state[parameter]
-                state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
-                by_step[int(state["step"])].append(parameter)
+                count = self.moment(parameter, "step").add_(1)
+                by_step[int(count)].append(parameter)
+        group["square"] = None
         for step, parameters in by_step.items():
-            adamw_step(
+            square = adamw_step(
                 parameters,
                 [p.grad.float() for p in parameters if p.grad is not None],
-                [self._moment(p, "exp_avg") for p in parameters],
-                [self._moment(p, "exp_avg_sq") for p in parameters],
+                [self.moment(p, "exp_avg") for p in parameters],
+                [self.moment(p, "exp_avg_sq") for p in parameters],
                 step=step,
                 lr=group["lr"],
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
+                measure=self.measure,
             )
+            if square is not None:
+                group["square"] = square if group["square"] is None else group["square"] + square
 
-    def _moment(self, parameter: Tensor, key: str) -> Tensor:
+    def moment(self, parameter: Tensor, kind: str) -> Tensor:
+        """The moment of a parameter, fp32 and of its shape; `step` is a number on the CPU. Zero if new."""
         state = self.state[parameter]
-        if key not in state:
-            state[key] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        return state[key]
+        if kind not in state:
+            shape, device = (torch.Size(), "cpu") if kind == "step" else (parameter.shape, parameter.device)
+            state[kind] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return state[kind]
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load moments and group settings; ConfigError when the names differ from this optimizer's.
+    def named_state(self) -> dict[str, Tensor]:
+        """Weights and moments by `<kind>.<key of the piece>`; all but the AdamW steps share memory."""
+        named: dict[str, Tensor] = {}
+        for view, kind, tensor in self._named_tensors():
+            named[f"{kind}.{view.piece.key}"] = tensor
+        return named
 
-        torch casts moments to the dtype of the parameter; here they stay fp32.
+    def state_to_load(self, shapes: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors that a saved `named_state` is to be read into; `shapes` has its keys.
+
+        Moments that were saved are made, all others dropped: only a set that rests, or a state of weights
+        alone, may lack them. Raises ConfigError when they are another algorithm's or incomplete.
         """
-        ours = [group["names"] for group in self.param_groups]
-        if ours != [group.get("names") for group in state_dict["param_groups"]]:
-            raise ConfigError("the optimizer state is of another model; load it into the one it came from")
-        super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                device = value.device if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(device, torch.float32, copy=True)
+        kept = set(shapes)
+        self.state.clear()
+        trained = any(key.startswith(ALL_MOMENTS) for key in kept)
+        for group in self.param_groups:
+            wanted = MOMENTS[group["algorithm"]]
+            for view in group["views"]:
+                key = view.piece.key
+                found = tuple(kind for kind in ALL_MOMENTS if f"{kind}.{key}" in kept)
+                if set(found) - set(wanted):
+                    raise ConfigError(
+                        f"resume: {key} was trained by another algorithm; use that run's optim.name"
+                    )
+                if found != wanted and (found or (trained and group["active"])):
+                    raise ConfigError(f"resume: the checkpoint lacks the moments of {key}; use another one")
+                for kind in found:
+                    self.moment(group["params"][view.param], kind)
+        return self.named_state()
+
+    def state_was_loaded(self, loaded: Mapping[str, Tensor]) -> None:
+        """Take over what does not share memory: the AdamW steps."""
+        for group in self.param_groups:
+            for view in group["views"]:
+                if (step := loaded.get(f"step.{view.piece.key}")) is not None:
+                    self.state[group["params"][view.param]]["step"] = step.clone()
+
+    def _named_tensors(self) -> Iterator[tuple[View, str, Tensor]]:
+        for group in self.param_groups:
+            params = [parameter.detach() for parameter in group["params"]]
+            for view in group["views"]:
+                yield view, "weight", view.of(params)
+                for kind, tensor in self.state.get(group["params"][view.param], {}).items():
+                    yield view, kind, tensor.clone() if kind == "step" else view.of([tensor] * len(params))
 
 
 def _products_dtype(name: str, device: torch.device) -> torch.dtype:

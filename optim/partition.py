@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 TABLE_BLOCKS = 64  # at most; V4's vocabulary is a multiple
 
@@ -50,3 +53,105 @@ def pieces(name: str, shape: Sequence[int], first_expert: int = 0) -> list[Piece
 
 def _equal_pieces(name: str, keys: list[str], shape: tuple[int, ...]) -> list[Piece]:
     return [Piece(key, name, i * math.prod(shape), shape) for i, key in enumerate(keys)]
+
+
+class View(NamedTuple):
+    """Where a piece lies: from `start` on in the flattened `params[param]` of its group.
+
+    `rows` are those of the logically independent matrices that Muon orthogonalises one by one.
+    """
+
+    piece: Piece
+    param: int
+    start: int
+    rows: tuple[int, ...]
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The piece's part of tensors that are shaped like the group's `params`; shares their memory."""
+        flat = tensors[self.param].view(-1)
+        return flat[self.start : self.start + self.piece.numel].view(self.piece.shape)
+
+
+def whole_views(group: dict[str, Any]) -> list[View]:
+    """The views of a group (`optim.groups.build_groups`) whose params are whole parameters."""
+    blocks = group.get("blocks", [()] * len(group["params"]))
+    views = []
+    for index, (name, parameter, rows) in enumerate(
+        zip(group["names"], group["params"], blocks, strict=True)
+    ):
+        parts = pieces(name, parameter.shape)
+        for piece in parts:
+            own_rows = rows if len(parts) == 1 else piece.shape[:1]
+            views.append(View(piece, index, piece.start, own_rows))
+    return views
+
+
+class Layout(NamedTuple):
+    """A group in one flat buffer of `ranks` equal partitions, none of which cuts a piece.
+
+    order   what stands in the buffer: indices of parameters, and lengths of filler as negative numbers
+    size    numbers in one partition
+    views   per rank, its pieces with places in its partition
+    """
+
+    order: list[int]
+    size: int
+    views: list[list[View]]
+
+    @property
+    def filler(self) -> int:
+        return -sum(item for item in self.order if item < 0)
+
+
+def lay_out(views: Sequence[View], ranks: int) -> Layout:
+    """Lay the pieces of a group out over `ranks` partitions of one even size.
+
+    Parameters of equal pieces (stacks of experts, tables) stand one after the other, and borders fall between
+    pieces, so that only the end is filled. Other parameters stay whole: the largest first, each to the rank
+    with the least so far (longest processing time first), every rank filled up to the fullest.
+    """
+    per_parameter: dict[int, list[View]] = {}
+    for view in views:
+        per_parameter.setdefault(view.param, []).append(view)
+    equal = len({view.piece.numel for view in views}) == 1
+    bins = _runs(list(views), ranks) if equal else _knapsack(list(per_parameter.values()), ranks)
+    size = max(sum(view.piece.numel for view in own) for own in bins)
+    size += size % 2  # DeepSpeed aligns partitions to two numbers
+    return _placed(bins, size, Counter(view.param for view in views))
+
+
+def _runs(views: list[View], ranks: int) -> list[list[View]]:
+    """Equal pieces in order, as many to every rank; an even number where pieces are odd."""
+    each = -(-len(views) // ranks)
+    each += each * views[0].piece.numel % 2
+    return [views[rank * each : (rank + 1) * each] for rank in range(ranks)]
+
+
+def _knapsack(parameters: list[list[View]], ranks: int) -> list[list[View]]:
+    bins: list[list[View]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    sizes = [sum(view.piece.numel for view in parameter) for parameter in parameters]
+    for number in sorted(range(len(parameters)), key=lambda i: -sizes[i]):
+        lightest = min(range(ranks), key=load.__getitem__)
+        bins[lightest] += parameters[number]
+        load[lightest] += sizes[number]
+    return bins
+
+
+def _placed(bins: list[list[View]], size: int, parts: Counter[int]) -> Layout:
+    order: list[int] = []
+    placed: list[list[View]] = []
+    seen: Counter[int] = Counter()
+    for own in bins:
+        start, mine = 0, []
+        for view in own:
+            mine.append(view._replace(param=0, start=start))
+            start += view.piece.numel
+            if not seen[view.param]:
+                order.append(view.param)
+            seen[view.param] += 1
+        placed.append(mine)
+        if start < size:
+            assert not own or seen[own[-1].param] == parts[own[-1].param], "filler inside a parameter"
+            order.append(start - size)
+    return Layout(order, size, placed)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-import io
 import math
 from typing import Any
 
@@ -271,31 +269,44 @@ def test_a_saved_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
 
     named, optimizer = fresh()
     train(named, optimizer, range(3))
-    file = io.BytesIO()
-    torch.save((optimizer.state_dict(), {name: p.detach() for name, p in named.items()}), file)
-    file.seek(0)
-    state, weights = torch.load(file, weights_only=True)
+    saved = {key: tensor.clone() for key, tensor in optimizer.named_state().items()}
     restored_named, restored = fresh()
-    for name, parameter in restored_named.items():
-        parameter.data.copy_(weights[name])
-    saved = copy.deepcopy(state["state"])
-    restored.load_state_dict(state)
-    for parameter in restored_named.values():
-        assert all(value.dtype == torch.float32 for value in restored.state[parameter].values())
+    targets = restored.state_to_load(saved)
+    assert targets.keys() == saved.keys()
+    for key, tensor in saved.items():
+        targets[key].copy_(tensor)
+        assert tensor.dtype == (dtype if key.startswith("weight.") else torch.float32)
+    restored.state_was_loaded(targets)
     train(named, optimizer, range(3, 5))
     train(restored_named, restored, range(3, 5))
     for name, parameter in named.items():
         assert torch.equal(parameter, restored_named[name]), name
-    for index, values in saved.items():  # the loaded state does not share memory with what was given
-        assert all(torch.equal(value, state["state"][index][key]) for key, value in values.items())
 
 
-def test_a_state_of_other_parameters_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda key: key.replace("exp_avg.norm", "momentum.norm"), "another algorithm"),
+        (lambda key: key.replace("exp_avg_sq.norm", "weight.x"), "lacks the moments of norm.weight"),
+        (lambda key: key.replace("momentum.layers.0", "weight.x"), r"lacks the moments of layers\.0"),
+    ],
+)
+def test_moments_of_another_kind_or_missing_ones_are_refused(change: Any, words: str) -> None:
     named = parameters(all_homes())
-    state = optimizer_of(named).state_dict()
-    named.pop("layers.1.mlp.gate.weight")
-    with pytest.raises(ConfigError, match="another model"):
-        optimizer_of(named).load_state_dict(state)
+    optimizer = optimizer_of(named)
+    optimizer.step()
+    keys = [change(key) for key in optimizer.named_state()]
+    with pytest.raises(ConfigError, match=words):
+        optimizer_of(named).state_to_load(keys)
+
+
+def test_weights_alone_may_be_loaded() -> None:
+    named = parameters(all_homes())
+    optimizer = optimizer_of(named)
+    weights = list(optimizer.named_state())
+    assert all(key.startswith("weight.") for key in weights)
+    optimizer.step()
+    assert list(optimizer.state_to_load(weights)) == weights
 
 
 def test_closure_and_class_name() -> None:

@@ -126,7 +126,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         groups = list(groups)
         for group in groups:
-            group.setdefault("views", whole_views(group))
+            if "views" not in group:
+                group["views"] = whole_views(group)
         super().__init__(groups, defaults={})
         self.measure = False
 
@@ -253,26 +254,37 @@ def _products_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def clip_grad_norm_per_set(groups: Iterable[dict[str, Any]], max_norm: float) -> dict[str, Tensor]:
+def clip_grad_norm_per_set(
+    groups: Iterable[dict[str, Any]],
+    max_norm: float,
+    grads: Iterable[Sequence[Tensor]] | None = None,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+) -> dict[str, Tensor]:
     """Scale the gradients of each active set to a joint norm of at most `max_norm`, in place.
 
     Returns set -> norm before clipping, a 0-d fp32 tensor on the gradients' device, without waiting for it.
     A NaN or Inf anywhere in a set makes its norm NaN or Inf: test it before the step, which would spread it.
     Sets stay apart so that the indexer's loss cannot weaken the model's step. Inactive sets are left out.
+
+    grads           of every group, where they are not its parameters' `.grad`
+    sum_over_ranks  adds a 1-D tensor up over the ranks that share the gradients out
     """
+    groups = list(groups)
+    if grads is None:
+        grads = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
     by_set: dict[str, list[Tensor]] = {}
-    for group in groups:
+    for group, own in zip(groups, grads, strict=True):
         if group["active"]:
-            grads = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            by_set.setdefault(group["set"], []).extend(grads)
-    return {name: _clip(grads, max_norm) for name, grads in by_set.items()}
+            by_set.setdefault(group["set"], []).extend(own)
+    squares = torch.stack([_sum_of_squares(own) for own in by_set.values()])
+    norms = sum_over_ranks(squares).sqrt().float()
+    for own, norm in zip(by_set.values(), norms, strict=True):
+        if max_norm < math.inf and own:
+            torch._foreach_mul_(own, max_norm / norm.clamp_min(max_norm))
+    return dict(zip(by_set, norms, strict=True))
 
 
-def _clip(grads: list[Tensor], max_norm: float) -> Tensor:
+def _sum_of_squares(grads: list[Tensor]) -> Tensor:
     if not grads:
-        return torch.zeros(())
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm < math.inf:
-        torch._foreach_mul_(grads, max_norm / total.clamp_min(max_norm))
-    return total
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).double().square().sum()

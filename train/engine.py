@@ -1,7 +1,8 @@
-"""The reference engine: one process, fp32 masters, micro-batches accumulated in fp32, plain torch.
+"""Engines: what stands between the loop and the arithmetic of a step on one or many ranks.
 
-An engine owns the model, its masters and the optimizer behind four calls: `engine(batch)`, `backward`,
-`step`, and `state` / `load_state`. The loop knows nothing else of it.
+An engine owns the model, its fp32 masters and the optimizer behind four calls: `engine(batch)`, `backward`,
+`step`, and `state` with its two halves of loading. The loop knows nothing else of it. `TorchEngine`, here, is
+one process in plain torch and the reference; `train.zero.ZeroEngine` is DeepSpeed's ZeRO over all ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +35,117 @@ def compile_hot_parts(model: nn.Module) -> None:
             module.leave = torch.compile(module.leave)  # type: ignore[method-assign]
 
 
-class TorchEngine:
+class Engine:
+    """What both engines share; `model` computes, `optimizer` holds masters and moments of this rank."""
+
+    model: ForCausalLM
+    optimizer: HybridOptimizer
+    clip_norm: float
+    rank: int = 0
+
+    def __call__(self, batch: Batch, **options: Any) -> ModelOutput:
+        """Losses of one micro-batch (`data.loader`'s tensors, on the model's device)."""
+        return self.model(**batch, **options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`, already scaled by the counts of the whole step.
+
+        `last`: this is the step's last micro-batch. Over ranks, gradients add up.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, lr: float, measure: bool = False) -> dict[str, Tensor]:
+        """Clip each set, update the masters, copy them into the model.
+
+        Returns `grad_norm_<set>` before clipping and, where `measure` is set, `update_rms_<algorithm>`, the
+        root mean square of the updates at learning rate 1. Nothing is updated when a norm is not finite.
+        """
+        norms = self._clip()
+        finite = all(bool(norm.isfinite()) for norm in norms.values())
+        if finite:
+            set_lr(self.optimizer.param_groups, lr)
+            self.optimizer.measure = measure
+            self._update()
+        self._forget_gradients()
+        logged = {f"grad_norm_{name}": norm for name, norm in norms.items()}
+        return logged | (self._update_rms() if measure and finite else {})
+
+    def state(self) -> dict[str, Tensor]:
+        """What of a resumed run's state this rank holds, by kind and piece; most tensors are the live ones.
+
+        Weights, moments and the random number generators' states are on one rank each, buffers on all.
+        """
+        buffers = {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        return {**self.optimizer.named_state(), **buffers, **self._generators()}
+
+    def state_to_load(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The tensors that a saved state, with these keys and shapes, is to be read into.
+
+        Raises ConfigError, naming a tensor, when it is of another model or optimizer.
+        """
+        buffers = {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        targets = {**self.optimizer.state_to_load(shapes), **buffers}
+        for key, target in targets.items():
+            name = key.partition(".")[2]
+            if key not in shapes:
+                raise ConfigError(
+                    f"resume: the checkpoint lacks {name}, it is of another model; use the one it came from"
+                )
+            if tuple(shapes[key]) != tuple(target.shape):
+                saved, here = list(shapes[key]), list(target.shape)
+                raise ConfigError(f"resume: {name} is {saved} in the checkpoint, {here} here")
+        generators = {key: value for key, value in self._generators().items() if key in shapes}
+        return {**targets, **generators}
+
+    @torch.no_grad()
+    def state_was_loaded(self, loaded: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of `state_to_load` after they were filled."""
+        self.optimizer.state_was_loaded(loaded)
+        if (state := loaded.get(f"rng.cpu.{self.rank}")) is not None:
+            torch.set_rng_state(state)
+        if (state := loaded.get(f"rng.cuda.{self.rank}")) is not None:
+            torch.cuda.set_rng_state(state)
+        self._copy_masters()
+
+    def _generators(self) -> dict[str, Tensor]:
+        states = {f"rng.cpu.{self.rank}": torch.get_rng_state()}
+        if self.model.lm_head.weight.is_cuda:
+            states[f"rng.cuda.{self.rank}"] = torch.cuda.get_rng_state()
+        return states
+
+    def _update_rms(self) -> dict[str, Tensor]:
+        """Root mean square of the updates by algorithm; filler has none and is not counted."""
+        algorithms = sorted({group["algorithm"] for group in self.optimizer.param_groups if group["active"]})
+        sums = torch.zeros(2, len(algorithms), dtype=torch.float64, device=self.model.lm_head.weight.device)
+        for group in self.optimizer.param_groups:
+            if group["active"] and group.get("square") is not None:
+                column = sums[:, algorithms.index(group["algorithm"])]
+                column[0] += group["square"]
+                column[1] += sum(view.piece.numel for view in group["views"])
+        squares, counts = self._sum_over_ranks(sums)
+        return {
+            f"update_rms_{algorithm}": (square / count.clamp(min=1)).sqrt()
+            for algorithm, square, count in zip(algorithms, squares, counts, strict=True)
+        }
+
+    def _clip(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def _forget_gradients(self) -> None:
+        raise NotImplementedError
+
+    def _copy_masters(self) -> None:
+        raise NotImplementedError
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TorchEngine(Engine):
     """Trains `model` in `compute_dtype`; weights that are computed in a narrower dtype get an fp32 master.
 
     The gradient of such a weight is added to its master's in fp32 as soon as backward has made it, and freed.
@@ -58,66 +169,18 @@ class TorchEngine:
         # Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
         set_active(self.optimizer.param_groups, "indexer", False)
 
-    def __call__(self, batch: Batch, **options: Any) -> ModelOutput:
-        """Losses of one micro-batch (`data.loader`'s tensors, on the model's device)."""
-        return self.model(**batch, **options)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, already scaled by the global counts."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         loss.backward()
 
-    @torch.no_grad()
-    def step(self, lr: float) -> dict[str, Tensor]:
-        """Clip each set, update the masters, copy them into the model; returns the gradient norms by set.
+    def _clip(self) -> dict[str, Tensor]:
+        return clip_grad_norm_per_set(self.optimizer.param_groups, self.clip_norm)
 
-        Nothing is updated when a norm is not finite.
-        """
-        groups = self.optimizer.param_groups
-        norms = clip_grad_norm_per_set(groups, self.clip_norm)
-        if all(bool(norm.isfinite()) for norm in norms.values()):
-            set_lr(groups, lr)
-            self.optimizer.step()
-            self._copy_masters()
-        self.optimizer.zero_grad()
-        return norms
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, keyed by kind and parameter name; tensors are not copied."""
-        state = {f"weight.{name}": master.detach() for name, master in self.masters.items()}
-        state |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
-        for name, master in self.masters.items():
-            for key, value in self.optimizer.state[master].items():
-                state[f"{key}.{name}"] = value
-        return state
-
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state()` gave. Raises ConfigError when it is of another model or optimizer."""
-        weights = {key.partition(".")[2] for key in state if key.startswith("weight.")}
-        if weights != set(self.masters):
-            odd = sorted(weights ^ set(self.masters))
-            raise ConfigError(
-                f"resume: the checkpoint is of another model, see {odd[0]}; use the model it came from"
-            )
-        muon = {p for g in self.optimizer.param_groups if g["algorithm"] == "muon" for p in g["params"]}
-        tensors = dict(self.model.named_buffers())
-        for key, value in state.items():
-            kind, _, name = key.partition(".")
-            target = self.masters[name] if kind == "weight" else tensors[name] if kind == "buffer" else None
-            if target is None:
-                if (kind == "momentum") != (self.masters[name] in muon):
-                    raise ConfigError(
-                        f"resume: {name} was trained by another algorithm; use that run's optim.name"
-                    )
-                device = "cpu" if kind == "step" else self.masters[name].device
-                self.optimizer.state[self.masters[name]][kind] = value.to(device, copy=True)
-            elif target.shape != value.shape:
-                raise ConfigError(
-                    f"resume: {name} is {list(value.shape)} in the checkpoint, {list(target.shape)} here"
-                )
-            else:
-                target.copy_(value)
+    def _update(self) -> None:
+        self.optimizer.step()
         self._copy_masters()
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
 
     def _copy_masters(self) -> None:
         for name, parameter in self.narrow.items():

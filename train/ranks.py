@@ -1,0 +1,100 @@
+"""The processes of a run: who they are, how they add up, and how they fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.errors import ConfigError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of `world`. `files`: a gloo group of its own for a background thread's collectives."""
+
+    rank: int
+    world: int
+    device: torch.device
+    files: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over ranks, in place; every rank has the same."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def together(self, work: Callable[[], Result], only_first: bool = False) -> Result | None:
+        """Do `work` (on rank 0 alone if `only_first`) and fail on every rank if one failed.
+
+        The first failing rank's ConfigError or OSError is raised everywhere, as a ConfigError on the others.
+        """
+        result, error = None, None
+        try:
+            if self.first or not only_first:
+                result = work()
+        except (ConfigError, OSError) as caught:
+            error = caught
+        if self.world > 1:
+            lines: list[str | None] = [None] * self.world
+            dist.all_gather_object(lines, None if error is None else str(error))
+            if error is None and (line := next((line for line in lines if line is not None), None)):
+                raise ConfigError(line)
+        if error is not None:
+            raise error
+        return result
+
+
+def join(wanted: str) -> Ranks:
+    """Join the process group that torchrun describes, or make one of this process alone.
+
+    `wanted`: "auto", "cpu" or "cuda" (`train.device`). Raises ConfigError where CUDA is wanted and missing.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.device is cuda, but torch sees no GPU here; use train.device=cpu or install a CUDA torch"
+        )
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"torchrun: local rank {local} has no GPU of its own, there are {torch.cuda.device_count()};"
+                " lower --nproc-per-node"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if world == 1 else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10)
+        )
+    return Ranks(rank, world, device, dist.new_group(backend="gloo"))
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -12,21 +12,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.errors import ConfigError
 from model.config import ModelConfig
 from model.flops import parameter_shapes
 from model.model import ForCausalLM, stays_fp32
+from model.tensorfile import Spec, TensorFile, nbytes
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+SHOWN = 10  # names in an error, at most
+BUFFERS = ("tid2eid", "e_score_correction_bias")
 
 # Released or transformers' name -> ours, applied in this order; our own names pass unchanged.
 _TO_OURS = tuple(
@@ -64,7 +67,7 @@ _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.w([123])\.weight$")
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our names -> transformers'; the same tensors. Also for gradients, so buffers may be absent.
 
-    Raises ValueError, in one line, for names that are unknown and parameters that are missing.
+    Raises ConfigError for names that are unknown and parameters that are missing.
     """
     _check_names(state_dict, config)
     return {_hf_name(name): tensor for name, tensor in state_dict.items()}
@@ -73,31 +76,45 @@ def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: ModelConfig) -> d
 def from_hf_state_dict(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """transformers' or released names -> ours; the same tensors, but single experts are stacked.
 
-    Raises ValueError, in one line, for names that are unknown and parameters that are missing.
+    Raises ConfigError for names that are unknown and parameters that are missing.
     """
-    sources = _sources(state_dict)
-    _check_names(sources, config)
+    sources = keys_of_names(state_dict, parameter_shapes(config), optional=_buffer_names(config))
     return {name: _assemble(keys, state_dict.__getitem__) for name, keys in sources.items()}
 
 
 def save_pretrained(model: ForCausalLM, directory: str | Path) -> None:
-    """Write `config.json` and safetensors of about 5 GB each to a new or empty folder.
+    """`write_pretrained` of a model in memory; weights keep their dtype."""
+    state = model.state_dict()
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    write_pretrained(directory, model.config, specs, lambda name: [state[name]])
 
-    Weights keep their dtype. The folder appears complete or not at all: it is written beside its place,
-    flushed to disk and renamed. Raises ConfigError for a baseline that `transformers` cannot express and
-    FileExistsError for a folder that holds something.
+
+def write_pretrained(
+    directory: str | Path,
+    config: ModelConfig,
+    specs: Mapping[str, Spec],
+    parts: Callable[[str], Iterable[Tensor]],
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `config.json`, `files` (name -> text) and safetensors of about 5 GB to a new or empty folder.
+
+    `specs`: every tensor by our name; `parts` gives a tensor's consecutive parts, one of which is held at a
+    time. The folder appears complete or not at all: it is written beside its place, flushed to disk and
+    renamed. Raises ConfigError for a baseline that `transformers` cannot express and FileExistsError for a
+    folder that holds something.
     """
     directory = Path(directory).absolute()
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; give a new folder to save the model in")
-    config = {**model.config.to_hf(), "dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    state = to_hf_state_dict(model.state_dict(), model.config)
+    refuse_filled(directory)
+    _check_names(specs, config)
+    dtype = str(specs["lm_head.weight"][0]).removeprefix("torch.")
+    settings = json.dumps({**config.to_hf(), "dtype": dtype}, indent=2, sort_keys=True) + "\n"
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     staging.mkdir()
     try:
-        _write_weights(state, staging)
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write_weights(staging, specs, parts)
+        for file, text in {**(files or {}), "config.json": settings}.items():
+            (staging / file).write_text(text)
         for path in (*staging.iterdir(), staging):
             flush(path)
         staging.rename(directory)
@@ -107,31 +124,29 @@ def save_pretrained(model: ForCausalLM, directory: str | Path) -> None:
         raise
 
 
+def refuse_filled(directory: Path) -> None:
+    """Raise FileExistsError for a folder that holds something."""
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; give a new folder to save the model in")
+
+
 def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None) -> ForCausalLM:
     """The model of a folder that `save_pretrained`, here or in transformers, has written.
 
     `dtype` of the large products' weights, as stored by default; what is computed in fp32 is held in fp32.
-    transformers drops MTP when it saves: a folder without any `mtp.` weight gives a model without MTP,
-    whatever its config.json says. Raises ConfigError for a config.json that is not this model's,
-    FileNotFoundError for missing files, ValueError for missing, unknown or misshapen tensors.
+    Raises FileNotFoundError for missing files, ConfigError for a config.json that is not this model's and
+    for missing, unknown or misshapen tensors.
     """
     directory = Path(directory)
-    hf = _read_json(directory / "config.json")
+    hf, files = read_json(directory / "config.json"), tensor_files(directory)
     if hf.get("quantization_config"):
-        raise ValueError(f"{directory}/config.json: quantization_config: convert the weights to bf16 first")
-    files = _tensor_files(directory)
-    config = ModelConfig.from_hf(hf)
-    if not any(key.startswith("mtp.") for key in files):
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = ForCausalLM(config)
+        raise ConfigError(f"{directory}/config.json: quantization_config: use train.import_hf on this folder")
+    model = empty_model(config_of(hf, files))
     empty = model.state_dict()
     try:
-        sources = _sources(files)
-        _check_names(sources, config)
-        _refuse(missing=[name for name in empty if name not in sources])
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
+        sources = keys_of_names(files, {name: tensor.shape for name, tensor in empty.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}") from None
 
     handles = {file: _open(file) for file in set(files.values())}
     state = {}
@@ -139,17 +154,32 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None) -> 
         tensor = _assemble(keys, lambda key: handles[files[key]].get_tensor(key))
         if tensor.shape != empty[name].shape:
             found, wanted = list(tensor.shape), list(empty[name].shape)
-            raise ValueError(f"{directory}: {name} has shape {found}, config.json asks for {wanted}")
-        state[name] = tensor.to(_dtype_of(name, empty[name], tensor, dtype), copy=True)
+            raise ConfigError(f"{directory}: {name} has shape {found}, config.json asks for {wanted}")
+        state[name] = tensor.to(stored_dtype(name, empty[name].dtype, dtype or tensor.dtype), copy=True)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _dtype_of(name: str, empty: Tensor, stored: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    is_buffer = name.endswith(("tid2eid", "e_score_correction_bias"))
-    if is_buffer or stays_fp32(name):
-        return empty.dtype
-    return wanted or stored.dtype
+def config_of(hf: dict[str, Any], keys: Iterable[str]) -> ModelConfig:
+    """The model of a config.json and of the tensors beside it: without any `mtp.` weight, it has no MTP.
+
+    transformers drops MTP when it saves and leaves it in config.json.
+    """
+    config = ModelConfig.from_hf(hf)
+    if not any(key.startswith("mtp.") for key in keys):
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    return config
+
+
+def empty_model(config: ModelConfig) -> ForCausalLM:
+    """The model without storage: for names, shapes and dtypes, or to be filled by `assign=True`."""
+    with torch.device("meta"):
+        return ForCausalLM(config)
+
+
+def stored_dtype(name: str, own: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """Of a parameter or buffer: `own` for what is computed in fp32 and for buffers, else `wanted`."""
+    return own if name.endswith(BUFFERS) or stays_fp32(name) else wanted
 
 
 # ---- names ----
@@ -171,27 +201,47 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _sources(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Our name -> the keys that hold it: one, or those of every expert, by number, gate before up."""
+def keys_of_names(
+    keys: Iterable[str], shapes: Mapping[str, Sequence[int]], optional: Iterable[str] = ()
+) -> dict[str, list[str]]:
+    """Our name -> the keys that hold it: one, or those of every expert, by number, gate before up.
+
+    Raises ConfigError that lists what is missing of `shapes`, keys of no name and the names with two.
+    """
+    whole, single = _by_name(keys)
+    known = {*shapes, *optional}
+    missing = [name for name in shapes if name not in whole and name not in single]
+    unknown = [key for name in whole if name not in known for key in whole[name]]
+    for name, experts in single.items():
+        wanted = _expert_keys(name, experts, shapes[name][0]) if name in known else []
+        missing += [key for key in wanted if key not in experts]
+        unknown += [key for key in experts if key not in wanted]
+        whole[name] = wanted
+    _refuse(missing=missing, unknown=sorted(unknown))
+    return whole
+
+
+def _by_name(keys: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Our name -> the one key that holds all of it; our name -> the keys of single experts."""
     whole: dict[str, list[str]] = {}
-    single: dict[str, dict[tuple[int, int], str]] = {}
+    single: dict[str, list[str]] = {}
     for key in keys:
         if expert := _EXPERT.match(key):
-            number, part = int(expert[2]), int(expert[3])
-            stack = "down_proj" if part == 2 else "gate_up_proj"
-            single.setdefault(_our_name(f"{expert[1]}.{stack}"), {})[number, part] = key
+            stack = "down_proj" if expert[3] == "2" else "gate_up_proj"
+            single.setdefault(_our_name(f"{expert[1]}.{stack}"), []).append(key)
         else:
             whole.setdefault(_our_name(key), []).append(key)
     for name, found in whole.items():
         if len(found) > 1 or name in single:
-            raise ValueError(f"{name} is given more than once, such as by {found[0]}; keep one")
-    for name, experts in single.items():
-        parts = (2,) if name.endswith("down_proj") else (1, 3)
-        numbers = range(len(experts) // len(parts))
-        if set(experts) != {(number, part) for number in numbers for part in parts}:
-            raise ValueError(f"{name} has gaps between its single experts; give every expert's matrices")
-    stacked = {name: [experts[place] for place in sorted(experts)] for name, experts in single.items()}
-    return whole | stacked
+            raise ConfigError(f"{name} is given more than once, such as by {found[0]}; keep one")
+    return whole, single
+
+
+def _expert_keys(name: str, some: Sequence[str], experts: int) -> list[str]:
+    """The keys of a stack's single experts, in order, given some of them."""
+    parts = (2,) if name.endswith("down_proj") else (1, 3)
+    prefix = some[0].rsplit(".", 3)[0]
+    return [f"{prefix}.{number}.w{part}.weight" for number in range(experts) for part in parts]
 
 
 def _assemble(keys: list[str], fetch: Callable[[str], Tensor]) -> Tensor:
@@ -223,48 +273,51 @@ def _refuse(**problems: list[str]) -> None:
     parts = []
     for kind, names in problems.items():
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{kind} weights {', '.join(names[:3])}{more}")
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            parts.append(f"{kind} weights {', '.join(names[:SHOWN])}{more}")
     if parts:
-        raise ValueError(f"{', '.join(parts)}; use the configuration that these weights belong to")
+        raise ConfigError(f"{', '.join(parts)}; use the configuration that these weights belong to")
 
 
 # ---- files ----
 
 
-def _write_weights(state: dict[str, Tensor], directory: Path) -> None:
+def _write_weights(
+    directory: Path, specs: Mapping[str, Spec], parts: Callable[[str], Iterable[Tensor]]
+) -> None:
     """One file, or numbered ones and an index of which holds what."""
-    shards = _shards(state)
+    shards = _shards(specs)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, names in zip(files, shards):
-        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        with TensorFile(directory / file, {_hf_name(name): specs[name] for name in names}) as tensors:
+            for name in names:
+                tensors.write_parts(_hf_name(name), parts(name))
     if len(shards) > 1:
-        size = sum(tensor.nbytes for tensor in state.values())
-        where = {name: file for file, names in zip(files, shards) for name in names}
+        size = sum(map(nbytes, specs.values()))
+        where = {_hf_name(name): file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _shards(state: dict[str, Tensor]) -> list[list[str]]:
+def _shards(specs: Mapping[str, Spec]) -> list[list[str]]:
     """Names in order, a new shard wherever the next tensor would exceed SHARD_BYTES."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in state.items():
-        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
+    for name, spec in specs.items():
+        if shards[-1] and filled + nbytes(spec) > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += tensor.nbytes
+        filled += nbytes(spec)
     return shards
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Key -> the file that holds it."""
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Key of every tensor in a model's folder -> the file that holds it. Raises FileNotFoundError."""
     if (directory / INDEX).exists():
-        files = {key: directory / file for key, file in _read_json(directory / INDEX)["weight_map"].items()}
+        files = {key: directory / file for key, file in read_json(directory / INDEX)["weight_map"].items()}
         for file in sorted(set(files.values())):
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing, though {INDEX} lists it; copy the whole folder")
@@ -281,16 +334,16 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); copy it again") from None
+        raise ConfigError(f"{file} is damaged ({error}); copy it again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; give the folder of a saved model")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+        raise ConfigError(f"{path} is not JSON ({error}); copy it again") from None
 
 
 def flush(path: Path) -> None:

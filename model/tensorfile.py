@@ -6,8 +6,9 @@ Source of the format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,12 @@ DTYPES = {
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
+def nbytes(spec: Spec) -> int:
+    """Of a tensor of this dtype and shape."""
+    dtype, shape = spec
+    return dtype.itemsize * math.prod(shape)
+
+
 class TensorFile:
     """A new safetensors file; `write` its tensors in the order of `specs`. Writing releases the GIL.
 
@@ -37,7 +44,9 @@ class TensorFile:
     hexadecimal digits) and `nbytes` are set. Raises ValueError for a tensor that is not the next one.
     """
 
-    def __init__(self, path: str | Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self, path: str | Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+    ):
         self.checksum, self.nbytes = "", 0
         self._expected = list(specs.items())
         self._hash = blake2b(digest_size=16)
@@ -45,7 +54,7 @@ class TensorFile:
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         end = 0
         for name, (dtype, shape) in specs.items():
-            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            begin, end = end, end + nbytes((dtype, shape))
             header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -55,10 +64,27 @@ class TensorFile:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor, from whatever device."""
         if not self._expected or self._expected[-1] != (name, (tensor.dtype, tuple(tensor.shape))):
-            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} is not the next tensor of this file")
-        self._expected.pop()
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._put(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            raise ValueError(
+                f"{name} {tensor.dtype} {list(tensor.shape)} is not the next tensor of this file"
+            )
+        self.write_parts(name, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> None:
+        """Append the next tensor from its consecutive parts, such as a stack's matrices, one at a time."""
+        if not self._expected or self._expected[-1][0] != name:
+            raise ValueError(f"{name} is not the next tensor of this file")
+        dtype, shape = self._expected.pop()[1]
+        missing = math.prod(shape)
+        for part in parts:
+            missing -= part.numel()
+            if part.dtype != dtype or missing < 0:
+                raise ValueError(
+                    f"{name}: {part.dtype} {list(part.shape)} is no part of {dtype} {list(shape)}"
+                )
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            self._put(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        if missing:
+            raise ValueError(f"{name} lacks {missing} numbers of its shape {list(shape)}")
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)

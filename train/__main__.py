@@ -1,13 +1,19 @@
-"""`python -m train`: compose the configuration, train, say where everything is."""
+"""`python -m train`: compose the configuration, train, say where everything is.
+
+Under `torchrun` every process is one rank; the one that failed, or else rank 0, says why.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 from safetensors import SafetensorError
 
 from configs.compose import compose, help_text, multirun
 from configs.errors import ConfigError
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
 def main(argv: list[str]) -> int:
@@ -17,6 +23,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         if {"-m", "--multirun"} & set(argv):
+            if WORLD > 1:
+                raise ConfigError("-m: a sweep is for one process; start its runs one by one under torchrun")
             from train.loop import train
 
             multirun(argv, train)
@@ -25,23 +33,33 @@ def main(argv: list[str]) -> int:
             from train.loop import train  # torch is imported only for a configuration that is right
 
             train(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ConfigError as error:  # raised by every rank, but for those named FailedHere and FailedElsewhere
+        says = {"FailedHere": True, "FailedElsewhere": False}.get(type(error).__name__, RANK == 0)
+        return failed(str(error)) if says else 2
     except (OSError, SafetensorError) as error:  # a full disk, a folder without permission
-        print(f"error: {str(error).splitlines()[0]}; mend it, then go on with resume=auto", file=sys.stderr)
-        return 2
+        return failed(f"{first_line(error)}; mend it, then go on with resume=auto")
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        print(
-            f"error: {str(error).splitlines()[0]}; try a smaller model or train.micro_batch", file=sys.stderr
+        return failed(
+            f"{first_line(error)}; use a smaller train.micro_batch, a shorter train.seq_len or more ranks"
         )
-        return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def failed(line: str) -> int:
+    print(f"error: {f'rank {RANK}: ' if RANK else ''}{line}", file=sys.stderr, flush=True)
+    return 2
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if WORLD > 1 and code:
+        os._exit(code)  # other ranks may be waiting for this one: leaving the process group would wait, too
+    sys.exit(code)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast
 
 from configs.errors import ConfigError
 from data.config import DataConfig
@@ -12,6 +13,7 @@ from model.config import ModelConfig
 from optim.config import OptimConfig
 from optim.schedule import decay_start
 
+AttentionMode = Literal["sparse", "dense"]
 DEEPSEEK_V4_IDS = 129_280  # of the released tokenizer, added tokens included
 
 
@@ -33,6 +35,9 @@ class TrainConfig:
     mtp_decay_loss_weight  the same from there on
     bias_update_rate       step of the routers' load-balancing bias
     log_every, eval_every, save_every   in steps
+    keep_last              newest checkpoints that are kept
+    keep_every             checkpoints of steps that are multiples of it are kept, too; 0: none
+    async_save             write checkpoints beside the training, which goes on after a copy in host memory
     eval_tokens            validation tokens of one evaluation
     compile                torch.compile the hyper-connections
     sample_tokens          tokens generated from sample_prompt at the end of the run; 0: none
@@ -54,17 +59,29 @@ class TrainConfig:
     eval_every: int = 100
     eval_tokens: int = 65536
     save_every: int = 100
+    keep_last: int = 2
+    keep_every: int = 0
+    async_save: bool = True
     compile: bool = False
     sample_tokens: int = 64
     sample_prompt: str = "import "
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_tokens", "micro_batch", "log_every", "eval_every", "save_every"):
+        for key in (
+            "steps",
+            "batch_tokens",
+            "micro_batch",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_last",
+        ):
             self._check(key, getattr(self, key) >= 1, "1 or more")
         self._check("seq_len", self.seq_len >= 2, "2 or more")
         self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
-        self._check("sample_tokens", self.sample_tokens >= 0, "0 or more")
+        for key in ("sample_tokens", "keep_every"):
+            self._check(key, getattr(self, key) >= 0, "0 or more")
         for key in ("mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
             self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")
         self._check("attention_mode", self.attention_mode in ("sparse", "dense"), "sparse or dense")
@@ -96,6 +113,29 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Who holds what when several processes train.
+
+    engine      "deepspeed" (ZeRO over all ranks) or "torch" (one process, nothing partitioned)
+    zero_stage  1 (gradients of all parameters on every rank, reduced once a step), 2 (a rank's own part only,
+                reduced every micro-batch); None: 1 for one rank, else 2
+
+    Raises ConfigError, naming `parallel.KEY`, when a value is out of range.
+    """
+
+    engine: str = "deepspeed"
+    zero_stage: int | None = None
+
+    def __post_init__(self) -> None:
+        engines = self.engine in ("deepspeed", "torch")
+        _require(engines, "parallel.engine", self.engine, "deepspeed or torch")
+        stages = self.zero_stage in (None, 1, 2)
+        _require(stages, "parallel.zero_stage", self.zero_stage, "1, 2 or null")
+        possible = self.engine == "deepspeed" or self.zero_stage is None
+        _require(possible, "parallel.zero_stage", self.zero_stage, "null with parallel.engine=torch")
+
+
+@dataclass(frozen=True)
 class RunDirConfig:
     """Where a run writes: the folder `dir`/`name`; without a name, the trainer makes one from the time."""
 
@@ -106,6 +146,37 @@ class RunDirConfig:
         _require(bool(self.dir), "run.dir", self.dir, "a folder")
         plain = self.name is None or (self.name not in ("", ".", "..") and Path(self.name).name == self.name)
         _require(plain, "run.name", self.name, "one folder name; run.dir takes the folders above it")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides the run's own files.
+
+    backend    "none", "wandb" or "tensorboard"
+    project, entity, name, group, tags   W&B's names of the run; without `name` it is that of the run's folder
+    mode       W&B: "online", "offline" (into the run's folder), or "auto": online where an API key is found
+    artifacts  W&B: send the exported model, too
+
+    Raises ConfigError, naming `tracking.KEY`, when a value is out of range.
+    """
+
+    backend: str = "none"
+    project: str = "fourfold"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: str = "auto"
+    artifacts: bool = False
+
+    def __post_init__(self) -> None:
+        backends = self.backend in ("none", "wandb", "tensorboard")
+        _require(backends, "tracking.backend", self.backend, "none, wandb or tensorboard")
+        modes = self.mode in ("auto", "online", "offline")
+        _require(modes, "tracking.mode", self.mode, "auto, online or offline")
+        _require(bool(self.project), "tracking.project", self.project, "the name of a W&B project")
+        possible = not self.artifacts or self.backend == "wandb"
+        _require(possible, "tracking.artifacts", self.artifacts, "false, unless tracking=wandb")
 
 
 @dataclass(frozen=True)
@@ -124,6 +195,8 @@ class RunConfig:
     train: TrainConfig
     run: RunDirConfig
     resume: str | None = None
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -132,6 +205,14 @@ class RunConfig:
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
             _require(exists, "resume", self.resume, "auto, null, or the folder of a checkpoint that exists")
+
+    @property
+    def attention_mode(self) -> AttentionMode:
+        return cast(AttentionMode, self.train.attention_mode)  # checked by TrainConfig
+
+    def zero_stage(self, world: int) -> int:
+        """The ZeRO stage for so many ranks."""
+        return self.parallel.zero_stage or (1 if world == 1 else 2)
 
     def _check_lengths(self) -> None:
         """Positions, compression windows and prediction depth must fit into a sequence."""

@@ -1,61 +1,124 @@
-"""Validation: the same held-out sequences every time."""
+"""Validation: the same held-out sequences every time, and a look into the model on the first of them.
+
+The look records the inputs of a few methods while a batch passes; the model knows nothing of it.
+
+Legend: B batch, S sequence, N streams, D hidden, H heads, C head_dim, T compressed slots, W window.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import AttentionMode
+from model.attention import Attention, AttentionMode
 from model.hyper_connection import HyperConnection, Mix
-from train.engine import Batch, TorchEngine
+from model.layout import Layout
+from model.model import ForCausalLM
+from model.norm import rms_norm, widen
+from model.rope import apply_rope
+from train.engine import Batch, Engine
+
+PARTS = ("lm", "mtp")
+RECALLS = ("indexer_recall", "indexer_recall_best")
+QUERIES = 2048  # of one layer whose attention is computed in full for the indexer's recall
+LOGIT_BUDGET = 1 << 24  # numbers that such a computation holds at once
 
 
 @torch.no_grad()
 def evaluate(
-    engine: TorchEngine, batches: Iterable[Batch], device: torch.device, mode: AttentionMode
+    engine: Engine,
+    batches: Iterable[Batch],
+    device: torch.device,
+    mode: AttentionMode,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    look: bool = True,
 ) -> dict[str, float]:
     """Mean loss in nats of every part over `batches`: next token `lm`, and `mtp` where the model has it.
 
-    With hyper-connections also `hc_row_error` and `hc_spectral_norm` of `mixing_errors`, on the first batch.
+    `reduce` adds up a 1-D fp64 tensor over ranks, each with batches of its own; it is called once. With
+    `look` (on one rank: nothing of it is reduced) also what `watched` finds in the first batch.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    combs: list[Tensor] = []
+    totals = torch.zeros(2 * len(PARTS), dtype=torch.float64, device=device)  # sums, then counts
+    found: dict[str, float] = {}
     for number, batch in enumerate(batches):
-        with recorded_combs(engine.model, combs) if number == 0 else nullcontext():
+        with watched(engine.model, found) if look and number == 0 else nullcontext():
             losses = engine({name: x.to(device) for name, x in batch.items()}, mode=mode).losses
-        for part in losses.keys() & {"lm", "mtp"}:
-            sums[part] = sums.get(part, 0) + losses[part][0]
-            counts[part] = counts.get(part, 0) + losses[part][1]
-    means = {part: float(sums[part] / counts[part].clamp(min=1)) for part in sorted(sums)}
-    return means | mixing_errors(combs)
+        for i, part in enumerate(PARTS):
+            if part in losses:
+                totals[i] += losses[part][0]
+                totals[i + len(PARTS)] += losses[part][1]
+    values = reduce(totals).tolist()
+    sums, counts = values[: len(PARTS)], values[len(PARTS) :]
+    means = {part: total / count for part, total, count in zip(PARTS, sums, counts, strict=True) if count}
+    return means | found
 
 
 @contextmanager
-def recorded_combs(model: nn.Module, combs: list[Tensor]) -> Iterator[None]:
-    """Append to `combs` the matrices [S, N, N] with which each hyper-connection mixes the first row."""
-    kept = [(module, module.leave) for module in model.modules() if isinstance(module, HyperConnection)]
+def watched(model: ForCausalLM, found: dict[str, float]) -> Iterator[None]:
+    """Put into `found` what the batch says that passes through `model` meanwhile:
 
-    def recording(module: HyperConnection) -> None:
-        leave = module.leave
+    hc_row_error, hc_spectral_norm   of the hyper-connections' mixing, first row (`mixing_errors`)
+    stream_norm/<i>                  root mean square of residual stream i before the head
+    indexer_recall/<layer>           and indexer_recall_best/<layer>, of every CSA layer (`indexer_recall`);
+                                     means over layers without `/<layer>`; absent where nothing is selected
+    """
+    combs: list[Tensor] = []
+    norms: list[Tensor] = []
+    recalls: dict[str, Tensor] = {}
+    with ExitStack() as stack:
 
-        def record(output: Tensor, streams: Tensor, mix: Mix | None) -> Tensor:
-            assert mix is not None
-            combs.append(mix[1][0].float())
-            return leave(output, streams, mix)
+        def watch(owner: nn.Module, method: str, see: Callable[..., None]) -> None:
+            stack.enter_context(_observed(owner, method, see))
 
-        module.leave = record  # type: ignore[method-assign]
+        watch(model.hc_head, "forward", lambda _, streams: norms.append(_rms_of_streams(streams)))
+        for module in model.modules():
+            if isinstance(module, HyperConnection):
+                watch(module, "leave", lambda _, output, streams, mix: combs.append(_first_comb(mix)))
+        for number, layer in enumerate(model.layers):
+            attention = layer.self_attn
+            if isinstance(attention, Attention) and hasattr(attention, "indexer"):
+                watch(attention, "_far", _recall_into(recalls, str(number), attention))
+        yield
+    found |= mixing_errors(combs)
+    found |= {f"stream_norm/{i}": norm for i, norm in enumerate(norms[0].tolist())}
+    if recalls:
+        for kind, values in zip(RECALLS, torch.stack(list(recalls.values()), dim=1), strict=True):
+            found[kind] = float(values.mean())
+            found |= {f"{kind}/{layer}": value for layer, value in zip(recalls, values.tolist(), strict=True)}
 
-    for module, _ in kept:
-        recording(module)
+
+@contextmanager
+def _observed(owner: nn.Module, name: str, see: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile every call of the method `owner.name` is followed by `see(result, *arguments)`."""
+    method, own = getattr(owner, name), vars(owner).get(name)
+
+    def call(*args: Any) -> Any:
+        result = method(*args)
+        see(result, *args)
+        return result
+
+    setattr(owner, name, call)
     try:
         yield
     finally:
-        for module, leave in kept:
-            module.leave = leave  # type: ignore[method-assign]
+        if own is None:
+            delattr(owner, name)
+        else:  # such as a compiled one
+            setattr(owner, name, own)
+
+
+def _rms_of_streams(streams: Tensor) -> Tensor:
+    """[B, S, N, D] -> [N]."""
+    return widen(streams).square().mean((0, 1, 3)).sqrt()
+
+
+def _first_comb(mix: Mix) -> Tensor:
+    """The mixing matrices of the first row, [S, N, N]."""
+    return mix[1][0].float()
 
 
 def mixing_errors(combs: list[Tensor]) -> dict[str, float]:
@@ -71,3 +134,68 @@ def mixing_errors(combs: list[Tensor]) -> dict[str, float]:
         "hc_row_error": float((comb.sum(-1) - 1).abs().max()),
         "hc_spectral_norm": float(squared.max().sqrt()),
     }
+
+
+def _recall_into(recalls: dict[str, Tensor], layer: str, attention: Attention) -> Callable[..., None]:
+    """What to do after `attention._far`: put the recall of its indexer into `recalls[layer]`."""
+
+    def see(
+        far: tuple[Tensor, Tensor], x: Tensor, q_latent: Tensor, kv: Tensor, layout: Layout, mode: str
+    ) -> None:
+        entries, selected = far
+        if mode == "dense":  # what the indexer would select
+            slots = layout.slots[attention.layer_type]
+            selected = attention.indexer(x, q_latent, slots, layout.rotations["compress"])
+        if (recall := indexer_recall(attention, q_latent, kv, entries, selected, layout)) is not None:
+            recalls[layer] = recall
+
+    return see
+
+
+def indexer_recall(
+    attention: Attention, q_latent: Tensor, kv: Tensor, entries: Tensor, selected: Tensor, layout: Layout
+) -> Tensor | None:
+    """Share of the true attention to compressed entries that goes to the `selected` [B, S, T] ones.
+
+    Returns it with the share of the best possible selection of as many, [2] fp64. True is a softmax over the
+    window, all visible entries and the sink; it is summed over heads and normalised over visible entries.
+    Only queries count that see more than top-k entries, at most QUERIES of them, evenly spaced over the
+    batch; None without any. q_latent [B, S, q_lora_rank], kv [B, S, C], entries [B, T, C] of a CSA layer.
+    """
+    visible, topk = layout.slots[attention.layer_type].visible(), attention.indexer.topk
+    contested = ((visible.sum(-1) > topk) & layout.real).nonzero()  # [n, 2] row, token
+    if not len(contested):
+        return None
+    count = min(len(contested), QUERIES)
+    picked = contested[torch.arange(count, device=kv.device) * len(contested) // count]
+    held = torch.zeros(2, dtype=torch.float64, device=kv.device)
+    reached = attention.window + entries.shape[1] + 1
+    chunk = max(1, LOGIT_BUDGET // (attention.heads * reached + attention.window * attention.channels))
+    for row in range(len(kv)):
+        cos, sin = (part[row] for part in layout.rotations["compress"])
+        for at in picked[picked[:, 0] == row, 1].split(chunk):
+            q = attention.q_b_proj(q_latent[row, at]).unflatten(-1, (attention.heads, attention.channels))
+            q = apply_rope(rms_norm(q, eps=attention.eps), (cos[at].unsqueeze(1), sin[at].unsqueeze(1)))
+            back = torch.arange(attention.window, device=at.device)  # how far each token of a window is
+            window = kv[row, (at.unsqueeze(1) - back).clamp(min=0)]  # [n, W, C]
+            near = back <= layout.positions[row, at].unsqueeze(1)
+            mass = _entry_mass(q, window, near, entries[row], visible[row, at], attention.sinks)
+            held[0] += (mass * selected[row, at]).sum()
+            held[1] += mass.topk(topk).values.sum()
+    return held / count
+
+
+def _entry_mass(
+    q: Tensor, window: Tensor, near: Tensor, entries: Tensor, visible: Tensor, sinks: Tensor
+) -> Tensor:
+    """What queries [n, H, C] give to each entry, summed over heads, over what they give to all -> [n, T].
+
+    window [n, W, C] with near [n, W] bool; entries [T, C] with visible [n, T] bool; sinks [H].
+    """
+    q = widen(q) * q.shape[-1] ** -0.5
+    logits = torch.cat((q @ widen(window).mT, q @ widen(entries).mT), dim=-1)  # [n, H, W + T]
+    logits = logits.masked_fill(~torch.cat((near, visible), dim=-1).unsqueeze(1), -torch.inf)
+    sink = widen(sinks).view(1, -1, 1).expand(len(q), -1, 1)
+    p = torch.cat((logits, sink), dim=-1).softmax(dim=-1)
+    mass = p[..., near.shape[1] : -1].sum(1)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)

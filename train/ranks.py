@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,14 @@ from torch import Tensor
 from configs.errors import ConfigError
 
 Result = TypeVar("Result")
+
+
+class FailedHere(ConfigError):
+    """Of all ranks, this one says why they fail."""
+
+
+class FailedElsewhere(ConfigError):
+    """Another rank says why."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,10 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank."""
+        return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag))))
+
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.world == 1:
@@ -44,24 +56,26 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def together(self, work: Callable[[], Result], only_first: bool = False) -> Result | None:
-        """Do `work` (on rank 0 alone if `only_first`) and fail on every rank if one failed.
+    def together(self, work: Callable[[], Result], only_first: bool = False) -> Result:
+        """Do `work` (on rank 0 alone if `only_first`), and fail on every rank if one failed.
 
-        The first failing rank's ConfigError or OSError is raised everywhere, as a ConfigError on the others.
+        After a ConfigError or OSError the first failing rank raises FailedHere, the others FailedElsewhere.
+        Where a rank has not done the work the result is None.
         """
-        result, error = None, None
+        result, error = cast(Result, None), None
         try:
             if self.first or not only_first:
                 result = work()
         except (ConfigError, OSError) as caught:
             error = caught
+        failed = [error is not None]
         if self.world > 1:
-            lines: list[str | None] = [None] * self.world
-            dist.all_gather_object(lines, None if error is None else str(error))
-            if error is None and (line := next((line for line in lines if line is not None), None)):
-                raise ConfigError(line)
-        if error is not None:
-            raise error
+            failed = [False] * self.world
+            dist.all_gather_object(failed, error is not None)
+        if True in failed:
+            if error is None or failed.index(True) != self.rank:
+                raise FailedElsewhere("another rank has failed")
+            raise FailedHere(str(error)) from error
         return result
 
 

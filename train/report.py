@@ -15,17 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from model.flops import count_parameters
-from optim.groups import group_rows
+from optim.groups import build_groups, group_rows
 from train.config import RunConfig, TrainConfig
-from train.engine import TorchEngine
+from train.engine import Engine
+from train.memory import Memory
+from train.memory import table as memory_table
 
 
 class Report:
     """Prints the run; on a terminal a progress bar stays below the lines."""
 
-    def __init__(self, config: TrainConfig, console: Console | None = None):
+    def __init__(self, config: TrainConfig, console: Console | None = None, quiet: bool = False):
         self.config = config
-        self.console = console or Console(highlight=False, markup=False)
+        self.console = console or Console(highlight=False, markup=False, quiet=quiet)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,21 +36,30 @@ class Report:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.began = time.perf_counter()
         self.recent: list[float] = []  # tokens per second since the last line
 
-    def start(self, config: RunConfig, engine: TorchEngine, summary: dict[str, Any], folder: Path) -> None:
-        """Say what is trained, on what, and how its parameters are updated."""
+    def start(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        summary: dict[str, Any],
+        folder: Path,
+        memory: Memory,
+        available: int,
+    ) -> None:
+        """Say what is trained, on what, how its parameters are updated and what memory that takes."""
         count = count_parameters(config.model)
         device = engine.model.lm_head.weight.device
         table = Table(
             "group", "tensors", "matrices", "parameters", "such as", title="optimizer", title_justify="left"
         )
-        for row in group_rows(engine.optimizer.param_groups):
+        for row in group_rows(build_groups(engine.model.named_parameters(), config.model, config.optim)):
             table.add_row(row.group, str(row.tensors), str(row.matrices), f"{row.parameters:,}", row.examples)
         self.console.print(table)
+        self.console.print(memory_table(memory, available))
         self.console.print(
             f"model   {(count.total + count.mtp) / 1e6:,.1f}M parameters,"
             f" {count.active / 1e6:,.1f}M active per token, {config.model.num_hidden_layers} layers"
@@ -89,7 +100,11 @@ class Report:
         text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
         self._line(f"step {step:>6}  validation  {text}", style="bold")
 
-    def stopped(self, saved: Path, step: int) -> None:
+    def warn(self, text: str) -> None:
+        """Something that the run survives."""
+        self._line(f"warning: {text}", style="yellow")
+
+    def stopped(self, saved: Path | None, step: int) -> None:
         """An interrupted run: what was kept and how to go on."""
         self._line(f"stopped after step {step}; go on with the same arguments and resume={saved}")
 

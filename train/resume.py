@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -14,29 +15,56 @@ from train.metrics import keep_until
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
+def find_checkpoint(
+    config: RunConfig, warn: Callable[[str], None], check: Callable[[Path], None] = checkpoint.verify
+) -> Path | None:
     """The checkpoint that `resume` names: a checkpoint, the newest of a run, or "auto".
 
-    "auto" is the newest of run.name, or without a name of all runs; None when there is none yet. Raises
-    ConfigError when a named place holds no checkpoint or is another run's than run.name.
+    "auto" is the newest of run.name, or without a name of all runs; None when there is none yet. `check`
+    reads a checkpoint and raises ConfigError when it is damaged; older ones of the run are tried then, with a
+    warning, unless a checkpoint is named. Raises ConfigError when no good one is left, when a named place
+    holds none, and when it is another run's than run.name.
     """
     if config.resume is None:
         return None
     if config.resume == "auto":
-        folder = Path(config.run.dir)
-        runs = [folder / config.run.name] if config.run.name else sorted(folder.glob("*"))
-        newest = [steps[-1] for run in runs if (steps := checkpoint.all_steps(run / "checkpoints"))]
-        return max(newest, key=lambda step: (step / checkpoint.META).stat().st_mtime, default=None)
+        return _newest(config, warn, check)
     found = Path(config.resume).resolve()
-    steps = [found] if (found / checkpoint.META).exists() else checkpoint.all_steps(found / "checkpoints")
-    if not steps:
-        raise ConfigError(f"resume: {found} holds no checkpoint; name a run's folder or a checkpoint in it")
-    name = run_of(steps[-1]).name
-    if config.run.name not in (None, name):
+    run = run_of(found) if _is_checkpoint(found) else found
+    if config.run.name not in (None, run.name):
         raise ConfigError(
-            f"run.name is {config.run.name!r}, but resume goes on with {name!r}; leave run.name out"
+            f"run.name is {config.run.name!r}, but resume goes on with {run.name!r}; leave run.name out"
         )
-    return steps[-1]
+    if run != found:
+        check(found)
+        return found
+    newest = checkpoint.newest_good(run / "checkpoints", warn, check)
+    if newest is None:
+        raise ConfigError(
+            f"resume: {run} holds no good checkpoint; name a run's folder or a checkpoint in it"
+        )
+    return newest
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """By its name too: what is left when its manifest is lost is a damaged checkpoint, not a run."""
+    return (folder / checkpoint.MANIFEST).exists() or folder.parent.name == "checkpoints"
+
+
+def _newest(config: RunConfig, warn: Callable[[str], None], check: Callable[[Path], None]) -> Path | None:
+    """Of the run with the newest checkpoint; of the next one when all of its are damaged."""
+    folder = Path(config.run.dir)
+    runs = [folder / config.run.name] if config.run.name else folder.glob("*")
+    newest = [steps[-1] for run in runs if (steps := checkpoint.step_folders(run / "checkpoints"))]
+    newest.sort(key=lambda step: step.stat().st_mtime, reverse=True)
+    for step in newest:
+        if good := checkpoint.newest_good(step.parent, warn, check):
+            return good
+    if newest:  # a run from the beginning would remove them
+        raise ConfigError(
+            f"resume: all checkpoints in {newest[0].parent} are damaged; choose another run.name"
+        )
+    return None
 
 
 def run_of(step: Path) -> Path:
@@ -61,6 +89,6 @@ def drop_after(folder: Path, step: int) -> None:
     """Remove what the run did after `step`: it is about to be done anew, perhaps in another way."""
     for name in LOGS:
         keep_until(folder / name, step)
-    for newer in checkpoint.all_steps(folder / "checkpoints"):
+    for newer in checkpoint.step_folders(folder / "checkpoints"):
         if checkpoint.step_of(newer) > step:
             checkpoint.remove(newer)

@@ -26,7 +26,7 @@ from optim.muon import HybridOptimizer, clip_grad_norm_per_set
 from optim.partition import Layout, View, lay_out, whole_views
 from train.engine import Batch, Engine, compile_hot_parts
 
-BUCKET = 2**27  # numbers that are reduced at once
+BUCKET = 2**27  # most numbers that are reduced at once
 
 
 class ZeroEngine(Engine):
@@ -175,7 +175,7 @@ def _initialize(wrapped: nn.Module, optimizer: HybridOptimizer, stage: int) -> t
         "overlap_comm": cuda and dist.get_world_size() > 1,
         "contiguous_gradients": True,
         "use_multi_rank_bucket_allreduce": False,  # else the reduce-scatter is an all-reduce
-        "reduce_bucket_size": BUCKET,
+        "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in wrapped.parameters())),
         "compute_grad_norm": False,  # ours is by set
     }
     config = {

@@ -19,8 +19,15 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 import model.hf as hf
 from configs.errors import ConfigError
 from model.config import ModelConfig
-from model.hf import from_hf_state_dict, load_pretrained, save_pretrained, to_hf_state_dict
+from model.hf import (
+    from_hf_state_dict,
+    load_pretrained,
+    save_pretrained,
+    to_hf_state_dict,
+    write_pretrained,
+)
 from model.model import stays_fp32
+from model.tensorfile import TensorFile
 from tests.tiny import tiny_config, tiny_model
 
 CONFIG = tiny_config("sch", hash_layers=1)
@@ -237,9 +244,9 @@ def test_missing_unknown_and_misshapen_tensors(saved):
     rewrite(saved, lambda tensors: tensors.pop("model.layers.0.mlp.gate.tid2eid"))
     assert_refused(saved, r"missing weights layers\.0\.mlp\.gate\.tid2eid")
     rewrite(saved, lambda tensors: tensors.pop("mtp.0.norm.weight"))
-    assert_refused(saved, r"missing weights mtp\.0\.norm\.weight")
+    assert_refused(saved, r"missing weights layers\.0\.mlp\.gate\.tid2eid, mtp\.0\.norm\.weight;")
     rewrite(saved, lambda tensors: tensors.update({"model.layers.0.extra": torch.zeros(1)}))
-    assert_refused(saved, r"unknown weights layers\.0\.extra")
+    assert_refused(saved, r", unknown weights model\.layers\.0\.extra;")
 
 
 def test_a_wrong_shape_is_named(saved):
@@ -249,13 +256,21 @@ def test_a_wrong_shape_is_named(saved):
 
 def test_long_lists_are_cut(saved):
     rewrite(saved, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".sinks" not in key])
-    assert_refused(saved, r"missing weights embed_tokens\.weight, \S+, \S+ and \d+ more")
+    assert_refused(saved, r"missing weights embed_tokens\.weight(, \S+){9} and \d+ more")
 
 
 def test_gaps_between_single_experts(tmp_path):
     oracle_of(CONFIG).save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.ffn.experts.3.w3.weight"))
-    assert_refused(tmp_path, r"layers\.1\.mlp\.experts\.gate_up_proj has gaps")
+    assert_refused(tmp_path, r"missing weights model\.layers\.1\.ffn\.experts\.3\.w3\.weight;")
+
+
+def test_fewer_and_more_single_experts_than_configured(tmp_path):
+    oracle_of(CONFIG).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for count, kind in ((CONFIG.n_routed_experts + 1, "missing"), (CONFIG.n_routed_experts - 1, "unknown")):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"n_routed_experts": count}))
+        assert_refused(tmp_path, rf"{kind} weights model\.layers\.0\.ffn\.experts\.{max(count, 8) - 1}\.w1")
 
 
 def test_the_same_tensor_under_two_names(saved):
@@ -303,15 +318,45 @@ def test_nothing_is_overwritten(saved):
 
 def test_a_crash_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD_BYTES", 60_000)
-    written: list[Path] = []
+    files: list[Path] = []
 
-    def fails_at_the_second(tensors, path, metadata=None):
-        if written:
+    def fails_at_the_second(path, *arguments):
+        if files:
             raise OSError("no space left on device")
-        written.append(path)
-        save_file(tensors, path, metadata=metadata)
+        files.append(path)
+        return TensorFile(path, *arguments)
 
-    monkeypatch.setattr(hf, "save_file", fails_at_the_second)
+    monkeypatch.setattr(hf, "TensorFile", fails_at_the_second)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(tiny_model(CONFIG), tmp_path / "model")
-    assert written and not any(tmp_path.iterdir())
+    assert files and not any(tmp_path.iterdir())
+
+
+# ---- in parts ----
+
+
+def test_a_folder_written_in_parts_is_the_same(tmp_path):
+    state = tiny_model(WITH_MTP).state_dict()
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    files = {"tokenizer.json": "{}", "LICENSE": "free"}
+    write_pretrained(tmp_path / "parts", WITH_MTP, specs, lambda name: iter(state[name]), files)
+    save_pretrained(tiny_model(WITH_MTP), tmp_path / "whole")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert {file: (tmp_path / "parts" / file).read_text() for file in files} == files
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([torch.zeros(2, 3)], "lacks 3 numbers"),
+        ([torch.zeros(3, 3), torch.zeros(1)], "is no part of"),
+        ([torch.zeros(9, dtype=torch.bfloat16)], "is no part of"),
+    ],
+)
+def test_parts_must_make_up_the_tensor(parts, words, tmp_path):
+    with (
+        pytest.raises(ValueError, match=words),
+        TensorFile(tmp_path / "x.safetensors", {"x": (torch.float32, (3, 3))}) as file,
+    ):
+        file.write_parts("x", parts)

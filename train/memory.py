@@ -1,0 +1,266 @@
+"""How much device memory a run will need, by category, before anything is allocated.
+
+Weights, masters, gradients and moments are sums over the model's shapes. What a micro-batch and a step of the
+optimizer add is measured: model and optimizer run on the meta device, where tensors have shapes and no
+numbers, while a `Tracker` adds up what lives. CUDA is not touched.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from configs.errors import ConfigError
+from model.model import ForCausalLM, stays_fp32
+from optim.groups import build_groups
+from optim.muon import adamw_step, muon_step
+from train.config import RunConfig
+
+GIB = 2**30
+WORKSPACES = 2 * 32 * 2**20  # cuBLAS on Hopper: one for the thread of forward, one for that of backward
+SATURATED = 2**27  # numbers; more matrices of one shape add nothing to what Muon works on at once
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each of `world` ranks; `accumulates`: a step has several micro-batches.
+
+    weights      as they are computed with, and the routers' buffers
+    masters      fp32; under ZeRO this rank's partition of all, else copies of narrower weights
+    gradients    fp32 sums over the micro-batches of a step
+    moments      one number of Muon, two of AdamW; the indexer does not train and has none
+    activations  the most that one micro-batch adds: what backward needs, and temporaries
+    scratch      the most that the optimizer's step adds
+    buffers      of ZeRO's reduction and of libraries
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    activations: int
+    scratch: int
+    buffers: int
+    world: int
+    accumulates: bool
+
+    @property
+    def states(self) -> int:
+        """What no choice of the batch avoids."""
+        return self.weights + self.masters + self.gradients + self.moments
+
+    @property
+    def total(self) -> int:
+        """The peak: of a micro-batch, beside the gradients of those before it, or of the optimizer's step."""
+        micro_batch = self.activations + (self.gradients if self.accumulates else 0)
+        peak = max(micro_batch, self.gradients + self.scratch)
+        return self.weights + self.masters + self.moments + self.buffers + peak
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of storages made on `device` while entered, in blocks of 512 like CUDA's allocator.
+
+    What an operation takes and returns within itself is not seen. A storage from before counts as soon as an
+    operation returns a view of it.
+    """
+
+    def __init__(self, device: str = "meta"):
+        super().__init__()
+        self.device = device
+        self.live = self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
+            # Its shapes are only known for bfloat16 there; real devices take other dtypes, too.
+            out = func(*(x.bfloat16() for x in args[:2]), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.device.type == self.device:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key in self._storages:
+            return
+
+        def free(_: object) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def restart(self) -> int:
+        """Forget the peak; returns what lives now."""
+        self.peak = self.live
+        return self.live
+
+
+def predict(config: RunConfig, world: int = 1, buckets: int = 0) -> Memory:
+    """The memory of each rank of a run over `world` ranks whose engine reduces in `buckets` bytes."""
+    return Memory(**_apart_from_activations(config, world, buckets), activations=_activations(config))
+
+
+def _apart_from_activations(config: RunConfig, world: int, buckets: int) -> dict[str, Any]:
+    """All other fields of `Memory`."""
+    with torch.device("meta"):
+        model = ForCausalLM(config.model)
+    dtype, zero = getattr(torch, config.precision.compute_dtype), config.parallel.engine == "deepspeed"
+    every = sum(p.numel() for p in model.parameters())
+    narrow = sum(p.numel() for name, p in model.named_parameters() if not stays_fp32(name))
+    groups = build_groups(model.named_parameters(), config.model, config.optim)
+    trained = [group for group in groups if group["set"] == "model"]  # the indexer is switched off
+    sizes = {group["algorithm"]: sum(p.numel() for p in group["params"]) for group in trained}
+    masters = every if zero else narrow if dtype.itemsize < 4 else 0
+    shards = world if zero else 1
+    reduces = zero and config.zero_stage(world) == 2  # each micro-batch's gradients, then added to the sums
+    gradients = 4 * (-(-every // shards) if reduces else sum(sizes.values()))
+    return {
+        "weights": 4 * (every - narrow) + dtype.itemsize * narrow + sum(b.nbytes for b in model.buffers()),
+        "masters": 4 * -(-masters // shards),
+        "gradients": gradients,
+        "moments": 4 * -(-(sizes.get("muon", 0) + 2 * sizes["adamw"]) // shards),
+        "scratch": max(_scratch(group, shards) for group in trained),
+        "buffers": WORKSPACES + buckets + (gradients if reduces else 0),
+        "world": world,
+        "accumulates": _micro_batches(config, world) > 1,
+    }
+
+
+def _micro_batches(config: RunConfig, world: int) -> int:
+    return config.train.batch_tokens // (config.train.seq_len * config.train.micro_batch * world)
+
+
+def _activations(config: RunConfig) -> int:
+    """Of the whole model, or where that is less work by kinds of layers: memory is linear in their numbers.
+
+    Then the first layer, into which one stream comes, and the last of each kind stand for all: what others
+    keep lies under the peak, which is at the end of forward or soon after.
+    """
+    kinds = list(zip(config.model.layer_types, config.model.mlp_layer_types, strict=True))
+    last = {kind: index for index, kind in enumerate(kinds)}
+    first, *rest = (kinds[index] for index in sorted({0, *last.values()}))
+    more = Counter(kinds) - Counter([first, *rest])
+    if (1 + len(rest)) * (1 + len(more)) >= len(kinds):
+        return micro_batch_peak(config, kinds)
+    base = micro_batch_peak(config, [first, *rest])
+    added = {kind: micro_batch_peak(config, [first, kind, *rest]) - base for kind in more}
+    return base + sum(count * added[kind] for kind, count in more.items())
+
+
+def micro_batch_peak(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int:
+    """Most bytes that one micro-batch adds in a model of layers of these (layer type, MLP layer type).
+
+    Gradients are freed once made, as if added to sums that exist. Of the Sinkhorn iterations, compiled
+    hyper-connections keep no more for backward than eager ones do of the first.
+    """
+    layer_types, mlp_layer_types = map(list, zip(*kinds, strict=True))
+    changes: dict[str, Any] = {"layer_types": layer_types, "mlp_layer_types": mlp_layer_types}
+    if config.train.compile:
+        changes["hc_sinkhorn_iters"] = 1
+    model_config = replace(config.model, num_hidden_layers=len(kinds), **changes)
+    shape = (config.train.micro_batch, config.train.seq_len)
+    with Tracker() as tracker:
+        with torch.device("meta"):
+            model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
+            ids = torch.zeros(shape, dtype=torch.int64)
+            further = torch.zeros(*shape, model_config.num_nextn_predict_layers, dtype=torch.int64)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        before = tracker.restart()
+        output = model(ids, ids, ids, ids, further, mode=config.attention_mode)
+        torch.stack([loss for loss, _ in output.losses.values()]).sum().backward()
+    return tracker.peak - before
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _scratch(group: dict[str, Any], world: int) -> int:
+    """Most bytes that a step of this group of `build_groups` adds where it is one of `world` equal shares."""
+    muon = group["algorithm"] == "muon"
+    matrices: Counter[tuple[int, int]] = Counter()
+    for parameter, blocks in zip(group["params"], group.get("blocks", ()), strict=muon):
+        for rows in blocks:
+            matrices[rows, parameter.shape[-1]] += parameter.shape[:-2].numel()
+    shapes = [
+        shape
+        for shape, count in matrices.items()
+        for _ in range(min(-(-count // world), max(1, SATURATED // math.prod(shape))))
+    ] or [(1, -(-sum(p.numel() for p in group["params"]) // world))]
+    with torch.no_grad(), Tracker() as tracker, torch.device("meta"):
+        a, b, c, d = ([torch.empty(shape) for shape in shapes] for _ in range(4))
+        before = tracker.restart()
+        if muon:
+            dtype = torch.float32 if group["newton_schulz_dtype"] == "float32" else torch.bfloat16
+            muon_step(a, b, c, lr=1, momentum=1, weight_decay=1, update_rms=1, dtype=dtype, measure=True)
+        else:
+            adamw_step(a, b, c, d, step=1, lr=1, betas=(0, 0), eps=1, weight_decay=1, measure=True)
+    return tracker.peak - before
+
+
+def table(memory: Memory, available: int) -> Table:
+    """The prediction by category beside what the device has, in GiB."""
+    rows = Table("memory", "GiB", title=f"each of {memory.world} ranks, predicted", title_justify="left")
+    for name in ("weights", "masters", "gradients", "moments", "activations", "scratch", "buffers"):
+        rows.add_row(name, f"{getattr(memory, name) / GIB:,.2f}")
+    rows.add_section()
+    rows.add_row("at the peak", f"{memory.total / GIB:,.2f}")
+    rows.add_row("on the device", f"{available / GIB:,.2f}")
+    return rows
+
+
+def refuse_if_too_large(memory: Memory, available: int, config: RunConfig, states_only: bool = False) -> None:
+    """Raise ConfigError, with what would fit, when `memory` of `config` is more than `available` bytes.
+
+    `states_only`: for CPUs, where the peak is a mere estimate and ranks share what there is.
+    """
+    need = memory.states if states_only else memory.total
+    if need <= available:
+        return
+    remedies = [] if states_only else _remedies(memory, available, config)
+    raise ConfigError(
+        f"memory: the run needs about {need / GIB:,.1f} GiB on each rank, the device has"
+        f" {available / GIB:,.1f}; use {' or '.join([*remedies, 'a smaller model'][:3])}"
+    )
+
+
+def _remedies(memory: Memory, available: int, config: RunConfig) -> Iterator[str]:
+    """The least change of each key that makes the run fit, where there is one; then of the ranks."""
+    least = replace(memory, activations=0, accumulates=True)
+    for key in ("micro_batch", "seq_len") if least.total <= available else ():
+        for smaller in reversed(_divisors(getattr(config.train, key))[:-1]):
+            with suppress(ConfigError):  # sequences that the model cannot have
+                change: dict[str, Any] = {key: smaller}
+                changed = replace(config, train=replace(config.train, **change))
+                if replace(least, activations=_activations(changed)).total <= available:
+                    yield f"train.{key}={smaller}"
+                    break
+    if config.parallel.engine == "torch":
+        return
+    buckets = memory.buffers - _apart_from_activations(config, memory.world, 0)["buffers"]
+    for times in _divisors(_micro_batches(config, memory.world))[1:]:
+        shared = _apart_from_activations(config, memory.world * times, buckets)
+        if replace(memory, **shared).total <= available:
+            yield f"{memory.world * times} ranks"
+            break
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

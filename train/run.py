@@ -1,0 +1,284 @@
+"""A run: its parts on every rank, its place on disk, and what happens around the steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.compose import differences, to_yaml
+from configs.errors import ConfigError
+from data.loader import Data, open_data
+from model.flops import count_parameters
+from model.hf import save_pretrained
+from model.init import initialize
+from model.model import ForCausalLM
+from train import checkpoint
+from train.config import RunConfig
+from train.engine import Engine, TorchEngine
+from train.evaluate import evaluate
+from train.memory import predict, refuse_if_too_large
+from train.metrics import JsonLines, validation_losses
+from train.plot import plot_run
+from train.ranks import Ranks, join
+from train.report import Report
+from train.resume import drop_after, find_checkpoint, new_folder, run_of
+from train.sample import generate
+from train.tracking import Tracker
+from train.zero import BUCKET, ZeroEngine
+
+LOSS_WEIGHTS = ("model.router_aux_loss_coef",)  # of the model's keys, what a resumed run may change
+
+
+@dataclass
+class Run:
+    """One run in progress on this rank; rank 0 alone prints, logs, exports and decides."""
+
+    config: RunConfig
+    folder: Path
+    ranks: Ranks
+    data: Data
+    engine: Engine
+    report: Report
+    saver: checkpoint.Saver
+    tracker: Tracker
+    tracking: dict[str, str] = field(default_factory=dict)  # e.g. the W&B run's id
+    logs: dict[str, JsonLines] = field(default_factory=dict)  # "metrics", "timing"; rank 0
+    step: int = 0
+
+    def log(self, logged: dict[str, float], timing: dict[str, float]) -> None:
+        """What a step did, and how fast."""
+        if self.ranks.first:
+            self.report.step(logged, timing)
+            self.logs["metrics"].write(**logged)
+            self.logs["timing"].write(step=self.step, **timing)
+            self.tracker.log(self.step, logged | timing)
+
+    def validate(self) -> None:
+        train = self.config.train
+        sequences = max(1, train.eval_tokens // train.seq_len)
+        batches = self.data.valid.one_pass(train.micro_batch * self.ranks.world, sequences)
+        found = evaluate(
+            self.engine,
+            batches,
+            self.ranks.device,
+            self.config.attention_mode,
+            self.ranks.sum,
+            look=self.ranks.first,
+        )
+        if self.ranks.first:
+            named = {f"valid_{name}" if name in ("lm", "mtp") else name: x for name, x in found.items()}
+            self.logs["metrics"].write(step=self.step, **named)
+            self.tracker.log(self.step, named)
+            self.report.validation(self.step, found)
+
+    def save(self) -> float:
+        """Begin to save this step; returns the seconds that training stood still for it."""
+        manifest = {
+            "config": to_yaml(self.config),
+            "data": self.data.train.state_dict(),
+            "tracking": self.tracking,
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "world": self.ranks.world,
+        }
+        texts = {"tokenizer.json": self.data.tokenizer.to_json()}
+        began = time.perf_counter()
+        with self._disk():
+            self.saver.save(self.step, self.engine.state(), manifest, texts)
+        if not self.config.train.async_save:
+            self.saved()
+        return time.perf_counter() - began
+
+    def saved(self) -> Path | None:
+        """The newest checkpoint of this process, once it is on disk."""
+        with self._disk():
+            return self.saver.wait()
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A rank that cannot write fails on all ranks: one line is enough."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{error}; the checkpoint is lost, mend it, then go on with resume=auto"
+            ) from error
+
+    def finish(self) -> float:
+        """Export the model and close the books; returns the last validation loss."""
+        self.saved()
+        self.ranks.together(self._conclude, only_first=True)
+        return self.ranks.share(
+            validation_losses(self.folder / "metrics.jsonl")[-1] if self.ranks.first else 0.0
+        )
+
+    def _conclude(self) -> None:
+        exported = self._export()
+        plot_run(self.folder)
+        text = self._sample()
+        losses = validation_losses(self.folder / "metrics.jsonl")
+        self.tracker.summary(valid_lm=losses[-1], sample=text)
+        if (self.folder / "model").is_dir():
+            self.tracker.artifact(self.folder / "model")
+        self.report.finish(self.folder, losses, text, exported)
+
+    def _export(self) -> str:
+        """Write the weights for others to load; returns where they are, or why there are none."""
+        folder = self.folder / "model"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that is finished once more
+        try:
+            save_pretrained(self.engine.model, folder)
+            (folder / "tokenizer.json").write_text(self.data.tokenizer.to_json())
+        except ConfigError as error:  # a baseline that no other library knows
+            return f"not exported: {error}"
+        return str(folder)
+
+    def _sample(self) -> str:
+        train = self.config.train
+        if not train.sample_tokens:
+            return ""
+        text = generate(
+            self.engine.model,
+            self.data.tokenizer,
+            train.sample_prompt,
+            train.sample_tokens,
+            context=train.seq_len,
+            seed=train.seed,
+            mode=self.config.attention_mode,
+        )
+        (self.folder / "sample.txt").write_text(text)
+        return text
+
+    def close(self, exit_code: int) -> None:
+        """End what runs beside the training."""
+        self.tracker.close(exit_code)
+
+
+def open_run(config: RunConfig) -> Run:
+    """Everything a run needs, checked and read in the order in which mistakes are cheap."""
+    ranks = join(config.train.device)
+    _check_ranks(config, ranks)
+    report = Report(config.train, quiet=not ranks.first)
+    found = ranks.together(lambda: _place(config, report), only_first=True)
+    folder, resumed = ranks.share(found)
+    memory = predict(config, ranks.world, _bucket_bytes(config, ranks))
+    available = _available(ranks.device)
+    ranks.together(
+        lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
+    )
+    data = ranks.together(lambda: _open_data(config, ranks))
+    engine = build_engine(config, ranks)
+    manifest = ranks.together(lambda: _restore(resumed, config, engine, data)) if resumed else {}
+    step = manifest.get("step", 0)
+    ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
+    train = config.train
+    saver = checkpoint.Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
+    run = Run(config, folder, ranks, data, engine, report, saver, Tracker(report.warn), step=step)
+    if ranks.first:
+        run.logs = {name: JsonLines(folder / f"{name}.jsonl") for name in ("metrics", "timing")}
+        run_id = run.tracker.start(config, folder, manifest.get("tracking", {}).get("wandb"), step)
+        run.tracking = {"wandb": run_id} if run_id else {}
+        if resumed:
+            report.resumed(resumed, _changes(manifest, config, ranks))
+        report.start(config, engine, data.summary, folder, memory, available)
+    return run
+
+
+def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
+    """The model with its initial weights, in the engine that the configuration names."""
+    with ranks.device:
+        model = ForCausalLM(config.model)
+    initialize(model, config.train.seed)
+    dtype = getattr(torch, config.precision.compute_dtype)
+    if config.parallel.engine == "torch":
+        return TorchEngine(model, config.optim, dtype, config.train.compile)
+    return ZeroEngine(model, config.optim, dtype, config.train.compile, config.zero_stage(ranks.world))
+
+
+def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    sequences = config.train.batch_tokens // config.train.seq_len
+    if ranks.world > 1 and config.parallel.engine == "torch":
+        raise ConfigError(
+            "parallel.engine is torch, which is for one process; use parallel=zero under torchrun"
+        )
+    if ranks.world > sequences:
+        raise ConfigError(
+            f"train.batch_tokens: a step has {sequences} sequences, fewer than the {ranks.world} ranks;"
+            f" use {ranks.world * config.train.seq_len} or more"
+        )
+
+
+def _place(config: RunConfig, report: Report) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint that it goes on from."""
+    resumed = find_checkpoint(config, report.warn)
+    folder = run_of(resumed) if resumed else new_folder(config)
+    if resumed and checkpoint.step_of(resumed) > config.train.steps:
+        raise ConfigError(f"train.steps is {config.train.steps}, but {resumed} is beyond it; train longer")
+    return folder, resumed
+
+
+def _open_data(config: RunConfig, ranks: Ranks) -> Data:
+    data = open_data(
+        config.data,
+        seq_len=config.train.seq_len,
+        mtp_depth=config.model.num_nextn_predict_layers,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    ends, marks = config.model.eos_token_id, data.tokenizer.eos_id
+    if ends != marks:
+        raise ConfigError(f"model.eos_token_id is {ends}, but the tokenizer's is {marks}; set it to {marks}")
+    return data
+
+
+def _restore(folder: Path, config: RunConfig, engine: Engine, data: Data) -> dict[str, Any]:
+    """Put a checkpoint's state into engine and data; returns its manifest."""
+    manifest = checkpoint.read_manifest(folder)
+    for line in differences(manifest["config"], config):
+        key = line.partition(":")[0]
+        if key.startswith("model.") and key not in LOSS_WEIGHTS:
+            raise ConfigError(f"resume: the checkpoint is of another model ({line}); restore that key")
+    if manifest["data"]:  # imported weights have seen no data
+        data.train.load_state_dict(manifest["data"])
+    with checkpoint.open_tensors(folder) as stored:
+        targets = engine.state_to_load({key: stored.shape(key) for key in stored})
+    checkpoint.load(folder, targets)
+    engine.state_was_loaded(targets)
+    return manifest
+
+
+def _prepare(folder: Path, config: RunConfig, step: int) -> None:
+    """The run's folder as it was after `step`, with today's configuration."""
+    drop_after(folder, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+
+
+def _changes(manifest: Mapping[str, Any], config: RunConfig, ranks: Ranks) -> list[str]:
+    changed = differences(manifest["config"], config)
+    if manifest["world"] != ranks.world:
+        changed.append(f"ranks: {manifest['world']} -> {ranks.world}")
+    return changed
+
+
+def _bucket_bytes(config: RunConfig, ranks: Ranks) -> int:
+    """What DeepSpeed reduces gradients in; the bare engine has none."""
+    if config.parallel.engine == "torch":
+        return 0
+    numbers = min(BUCKET, count_parameters(config.model).total)
+    overlapping = ranks.world > 1 and ranks.device.type == "cuda"  # one fills while the other travels
+    return 4 * numbers * (2 if overlapping else 1)
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import ConfigError
 from configs.wording import as_written, explain, one_line, unknown_key, unreadable
+from model.config import ModelConfig
 from train.config import RunConfig, RunDirConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent
@@ -50,13 +51,24 @@ Examples:
 """
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(overrides: list[str], model: ModelConfig | None = None) -> RunConfig:
     """Return the checked configuration that Hydra overrides such as `model=nano` or `train.steps=20` select.
 
-    Raises ConfigError with one line, before anything is allocated or written.
+    `model` replaces the configured one, also where other keys refer to it. Raises ConfigError with one line,
+    before anything is allocated or written.
     """
     check([_parse(text) for text in overrides])
-    return to_run_config(_compose_yaml(overrides))
+    tree = _compose_yaml(overrides)
+    if model is not None:
+        tree.model = dataclasses.asdict(model)
+    return to_run_config(tree)
+
+
+def from_yaml(text: str) -> RunConfig:
+    """The configuration that `to_yaml` has written. Raises ConfigError when it is not valid."""
+    saved = typing.cast(DictConfig, OmegaConf.create(text))
+    saved.resume = None  # the place may be gone
+    return to_run_config(saved)
 
 
 def multirun(argv: list[str], task: Callable[[RunConfig], float | None]) -> None:

@@ -82,11 +82,13 @@ def from_hf_state_dict(state_dict: Mapping[str, Tensor], config: ModelConfig) ->
     return {name: _assemble(keys, state_dict.__getitem__) for name, keys in sources.items()}
 
 
-def save_pretrained(model: ForCausalLM, directory: str | Path) -> None:
+def save_pretrained(
+    model: ForCausalLM, directory: str | Path, files: Mapping[str, str] | None = None
+) -> None:
     """`write_pretrained` of a model in memory; weights keep their dtype."""
     state = model.state_dict()
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    write_pretrained(directory, model.config, specs, lambda name: [state[name]])
+    write_pretrained(directory, model.config, specs, lambda name: [state[name]], files)
 
 
 def write_pretrained(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from configs.compose import compose, help_text, multirun
 from configs.errors import ConfigError
+from model.config import ModelConfig
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
 
             multirun(argv, train)
         else:
-            config = compose(argv)
+            config = compose(argv, resumed_model(argv))
             from train.loop import train  # torch is imported only for a configuration that is right
 
             train(config)
@@ -47,6 +48,14 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def resumed_model(argv: list[str]) -> ModelConfig | None:
+    if not any(text.startswith("resume=") for text in argv):
+        return None
+    from train.resume import model_of_resumed
+
+    return model_of_resumed(argv)
 
 
 def failed(line: str) -> int:

@@ -6,18 +6,14 @@ import difflib
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
-from configs import compose
 from configs.errors import ConfigError
-from model.config import ModelConfig
 from train import checkpoint
-from train.config import RunConfig
 
 T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a number"}
@@ -86,21 +82,6 @@ def find_checkpoint(path: Path) -> Path:
             f"checkpoint: {path} holds no whole checkpoint; give a checkpoint's or a run's folder"
         )
     return found
-
-
-def config_from_yaml(text: str) -> RunConfig:
-    """The configuration that `to_yaml` has written. Raises ConfigError when it is not valid."""
-    saved = cast(DictConfig, OmegaConf.create(text))
-    saved.resume = None  # the place may be gone
-    return compose.to_run_config(saved)
-
-
-def compose_around(model: ModelConfig, overrides: list[str]) -> RunConfig:
-    """`configs.compose.compose` with this model in place of the configured one."""
-    compose.check([compose._parse(text) for text in overrides])
-    tree = compose._compose_yaml(overrides)
-    tree.model = asdict(model)
-    return compose.to_run_config(tree)
 
 
 def warn(text: str) -> None:

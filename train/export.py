@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.compose import from_yaml
 from configs.errors import ConfigError
 from model.config import ModelConfig
 from model.hf import BUFFERS, empty_model, refuse_filled, stored_dtype, write_pretrained
@@ -75,7 +76,7 @@ def export(source: Path, out: Path, dtype: torch.dtype) -> None:
 def run_config(source: Path) -> RunConfig:
     """The configuration of the run that saved this checkpoint. Raises ConfigError when it is not valid."""
     try:
-        return cli.config_from_yaml(read_manifest(source)["config"])
+        return from_yaml(read_manifest(source)["config"])
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 

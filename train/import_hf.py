@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from configs.compose import to_yaml
+from configs.compose import compose, to_yaml
 from configs.errors import ConfigError
 from data.tokenizer import Tokenizer, open_tokenizer
 from model.config import ModelConfig
@@ -124,7 +124,7 @@ def configure(model: ModelConfig, overrides: list[str]) -> tuple[RunConfig, Toke
     for text in overrides:
         if text.startswith(("model=", "model.")):
             raise ConfigError(f"{text}: the model is that of source; leave this out")
-    config = replace(cli.compose_around(model, overrides), resume=None)
+    config = replace(compose(overrides, model), resume=None)
     if config.data.tokenizer.kind == "bpe":
         raise ConfigError(
             f"source: has no {TOKENIZER}; add the one that the model was trained with, or give"

@@ -43,6 +43,7 @@ class Memory:
     activations  the most that one micro-batch adds: what backward needs, and temporaries
     scratch      the most that the optimizer's step adds
     buffers      of ZeRO's reduction and of libraries
+    build        before any of these but masters: weights as they are initialised, all in fp32
     """
 
     weights: int
@@ -52,6 +53,7 @@ class Memory:
     activations: int
     scratch: int
     buffers: int
+    build: int
     world: int
     accumulates: bool
 
@@ -65,7 +67,7 @@ class Memory:
         """The peak: of a micro-batch, beside the gradients of those before it, or of the optimizer's step."""
         micro_batch = self.activations + (self.gradients if self.accumulates else 0)
         peak = max(micro_batch, self.gradients + self.scratch)
-        return self.weights + self.masters + self.moments + self.buffers + peak
+        return self.masters + max(self.build, self.weights + self.moments + self.buffers + peak)
 
 
 class Tracker(TorchDispatchMode):
@@ -137,6 +139,7 @@ def _apart_from_activations(config: RunConfig, world: int, buckets: int) -> dict
         "moments": 4 * -(-(sizes.get("muon", 0) + 2 * sizes["adamw"]) // shards),
         "scratch": max(_scratch(group, shards) for group in trained),
         "buffers": WORKSPACES + buckets + (gradients if reduces else 0),
+        "build": 4 * every,
         "world": world,
         "accumulates": _micro_batches(config, world) > 1,
     }
@@ -218,7 +221,7 @@ def _scratch(group: dict[str, Any], world: int) -> int:
 def table(memory: Memory, available: int) -> Table:
     """The prediction by category beside what the device has, in GiB."""
     rows = Table("memory", "GiB", title=f"each of {memory.world} ranks, predicted", title_justify="left")
-    for name in ("weights", "masters", "gradients", "moments", "activations", "scratch", "buffers"):
+    for name in ("weights", "masters", "gradients", "moments", "activations", "scratch", "buffers", "build"):
         rows.add_row(name, f"{getattr(memory, name) / GIB:,.2f}")
     rows.add_section()
     rows.add_row("at the peak", f"{memory.total / GIB:,.2f}")

@@ -80,8 +80,7 @@ def _times(axes: Axes, timing: Lines) -> None:
 def _draw(axes: Axes, lines: Lines, name: str, label: str | None = None, **style: Any) -> None:
     """The value `name` over steps, of the lines that have it."""
     points = [(line["step"], line[name]) for line in lines if name in line]
-    if points:
-        axes.plot(*zip(*points, strict=True), label=label or name, **{"linewidth": 1.0, **style})
+    axes.plot(*zip(*points, strict=True), label=label or name, **{"linewidth": 1.0, **style})
 
 
 def _names(lines: Lines, prefix: str) -> list[str]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from configs.compose import from_yaml
 from configs.errors import ConfigError
+from model.config import ModelConfig
 from train import checkpoint
-from train.config import RunConfig
+from train.config import RunConfig, RunDirConfig
 from train.metrics import keep_until
 
 LOGS = ("metrics.jsonl", "timing.jsonl")
@@ -44,6 +48,24 @@ def find_checkpoint(
             f"resume: {run} holds no good checkpoint; name a run's folder or a checkpoint in it"
         )
     return newest
+
+
+def model_of_resumed(overrides: list[str]) -> ModelConfig | None:
+    """The model of the checkpoint that a command line goes on from, where it does not name another.
+
+    An imported model is in no file of `configs/`. None without `resume` and where nothing is found.
+    """
+    given = dict(text.partition("=")[::2] for text in overrides)
+    if "resume" not in given or any(re.match(r"model[.=]|experiment=", text) for text in overrides):
+        return None
+    place = Path(given["resume"])
+    if given["resume"] == "auto":
+        place = Path(given.get("run.dir", RunDirConfig().dir)) / given.get("run.name", "*")
+    found = [place] if _is_checkpoint(place) else place.parent.glob(f"{place.name}/checkpoints/step-*")
+    for step in sorted(found, key=lambda step: step.stat().st_mtime, reverse=True):
+        with suppress(ConfigError):  # the next good one will do
+            return from_yaml(checkpoint.read_manifest(step)["config"]).model
+    return None
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -134,8 +134,7 @@ class Run:
         folder = self.folder / "model"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that is finished once more
         try:
-            save_pretrained(self.engine.model, folder)
-            (folder / "tokenizer.json").write_text(self.data.tokenizer.to_json())
+            save_pretrained(self.engine.model, folder, {"tokenizer.json": self.data.tokenizer.to_json()})
         except ConfigError as error:  # a baseline that no other library knows
             return f"not exported: {error}"
         return str(folder)
@@ -174,6 +173,7 @@ def open_run(config: RunConfig) -> Run:
         lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
     )
     data = ranks.together(lambda: _open_data(config, ranks))
+    torch.manual_seed(config.train.seed + ranks.rank)  # today nothing draws from it, and a change might
     engine = build_engine(config, ranks)
     manifest = ranks.together(lambda: _restore(resumed, config, engine, data)) if resumed else {}
     step = manifest.get("step", 0)
@@ -246,6 +246,8 @@ def _restore(folder: Path, config: RunConfig, engine: Engine, data: Data) -> dic
         key = line.partition(":")[0]
         if key.startswith("model.") and key not in LOSS_WEIGHTS:
             raise ConfigError(f"resume: the checkpoint is of another model ({line}); restore that key")
+    if manifest["tokenizer"] != data.tokenizer.fingerprint:
+        raise ConfigError(f"data.tokenizer: is another one than in {folder}/tokenizer.json; restore its keys")
     if manifest["data"]:  # imported weights have seen no data
         data.train.load_state_dict(manifest["data"])
     with checkpoint.open_tensors(folder) as stored:
@@ -263,7 +265,8 @@ def _prepare(folder: Path, config: RunConfig, step: int) -> None:
 
 
 def _changes(manifest: Mapping[str, Any], config: RunConfig, ranks: Ranks) -> list[str]:
-    changed = differences(manifest["config"], config)
+    places = ("resume:", "run.")
+    changed = [line for line in differences(manifest["config"], config) if not line.startswith(places)]
     if manifest["world"] != ranks.world:
         changed.append(f"ranks: {manifest['world']} -> {ranks.world}")
     return changed

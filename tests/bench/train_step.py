@@ -30,6 +30,7 @@ from train.config import RunConfig
 from train.engine import TorchEngine
 from train.loop import micro_batches, train_step
 from train.metrics import peak_flops
+from train.ranks import Ranks
 
 CUDA = torch.device("cuda")
 
@@ -70,7 +71,7 @@ def fourfold(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str,
         model = ForCausalLM(config.model)
     engine = TorchEngine(initialize(model, 0), config.optim, torch.bfloat16, config.train.compile)
     batches = [random_batch(config, rows) for _ in range(4)]
-    return timed(lambda i: train_step(engine, batches[i % 4], config, i), warmup, steps)
+    return timed(lambda i: train_step(engine, batches[i % 4], config, i, Ranks(0, 1, CUDA)), warmup, steps)
 
 
 def peer(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, float]:
@@ -85,7 +86,8 @@ def peer(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, flo
     batches = [random_batch(config, rows) for _ in range(4)]
 
     def step(i: int) -> None:
-        for micro in micro_batches(batches[i % 4], config.train.micro_batch, CUDA):
+        for micro in micro_batches(batches[i % 4], config.train.micro_batch):
+            micro = {name: x.to(CUDA) for name, x in micro.items()}
             logits = model(micro["input_ids"], use_cache=False).logits.flatten(0, 1)
             torch.nn.functional.cross_entropy(logits.float(), micro["labels"].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -34,7 +34,7 @@ def config_of(algorithm: str) -> RunConfig:
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
     """This rank's accumulated and reduced gradients by piece, as views that may be written to."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for number, group in enumerate(engine.optimizer.param_groups):
         if isinstance(engine, ZeroEngine):
             grads = [torch.cat([grad.reshape(-1) for grad in engine.zero.averaged_gradients[number]])]
@@ -64,7 +64,7 @@ def watched(engine: Engine, inject: bool) -> list[dict[str, Tensor]]:
             grad.copy_(torch.randn(grad.shape, generator=generator))
         return clip()
 
-    engine._clip = recording
+    engine._clip = recording  # type: ignore[method-assign]
     return seen
 
 
@@ -88,8 +88,8 @@ def compare(ranks: Ranks, algorithm: str, dtype: str, stage: str) -> None:
     for key, grad in seen[0].items():
         assert relative(grad, expected[0][key]) < 1e-5, key
     state, reference = zero.state(), bare.state()
-    for key, value in state.items():
-        assert key.startswith("rng") or relative(value, reference[key]) < 1e-5, key
+    for key, tensor in state.items():
+        assert key.startswith("rng") or relative(tensor, reference[key]) < 1e-5, key
     print(sum(value.numel() for key, value in state.items() if key.startswith("weight.")))
 
 

@@ -12,50 +12,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    "model.hidden_size=32",
-    "model.num_attention_heads=2",
-    "model.head_dim=32",
-    "model.q_lora_rank=16",
-    "model.o_lora_rank=16",
-    "model.moe_intermediate_size=16",
-    "model.n_routed_experts=4",
-    "model.vocab_size=300",
-    "model.index_topk=8",
-    "train.steps=6",
-    "train.seq_len=64",
-    "train.micro_batch=2",
-    "train.batch_tokens=256",
-    "train.eval_every=3",
-    "train.eval_tokens=512",
-    "train.save_every=3",
-    "train.log_every=1",
-    "train.sample_tokens=8",
-    "optim.warmup_steps=2",
-    "optim.decay_fraction=0.5",
-]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(60):
-        lines = [
-            f"The {word} of number {number} is {number * k}."
-            for k, word in enumerate(["root", "sum", "cube"] * 12)
-        ]
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    return folder
+from tests.e2e.runs import ROOT, options
 
 
 def command(corpus: Path, cwd: Path, *extra: str) -> list[str]:
-    data = [
-        f"data.path={corpus}",
-        f"data.cache_dir={corpus.parent / 'cache'}",
-        "data.validation_fraction=0.2",
-    ]
-    return [sys.executable, "-m", "train", *SMALL, *data, f"run.dir={cwd / 'runs'}", *extra]
+    return [sys.executable, "-m", "train", *options(corpus, cwd / "runs"), *extra]
 
 
 def run(corpus: Path, cwd: Path, *extra: str) -> subprocess.CompletedProcess[str]:

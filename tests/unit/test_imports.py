@@ -26,9 +26,11 @@ RULES: dict[str, set[str]] = {
     "optim/schedule.py": {"optim.config", "configs.errors"},
     "data/": {"torch", "numpy", "rich", "data", "configs.errors", *DATA},
     "data/config.py": {"configs.errors"},
-    "configs/": {"hydra", "omegaconf", "yaml", "configs", "train.config"},
+    "configs/": {"hydra", "omegaconf", "yaml", "configs", "train.config", "model.config"},
     "configs/errors.py": set(),
     "train/": {"torch", "rich", "matplotlib", "safetensors", *ANYTHING_OF_OURS},
+    "train/zero.py": {"torch", "deepspeed", "model", "optim", "train"},
+    "train/tracking.py": {"wandb", "torch.utils.tensorboard", "train.config"},
     "train/config.py": {"model.config", "data.config", "optim.config", "optim.schedule", "configs.errors"},
     "launch/": {"packaging", "rich", "launch", "configs", "train.config", "model.config", "model.flops"},
     "launch/install_torch.py": set(),  # runs before anything is installed

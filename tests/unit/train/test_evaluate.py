@@ -19,11 +19,11 @@ from train.engine import TorchEngine
 from train.evaluate import evaluate, mixing_errors
 
 CPU = torch.device("cpu")
-ROWS = [[40, 17], [61]]  # documents of two rows of 64: their late queries see more entries than are selected
+ROWS = [[17, 40], [61]]  # documents of two rows of 96: late queries see more entries than are selected
 
 
 def engine_for(layers: str = "sc", **changes: Any) -> TorchEngine:
-    config = tiny_config(layers, 1, **{"num_nextn_predict_layers": 1, **changes})
+    config = tiny_config(layers, 1, **{"num_nextn_predict_layers": 1, "sliding_window": 32, **changes})
     return TorchEngine(tiny_model(config), OptimConfig(), torch.float32)
 
 
@@ -156,7 +156,7 @@ def test_indexer_recall_is_the_share_of_true_attention(budget: int, monkeypatch:
     monkeypatch.setattr(evaluation, "LOGIT_BUDGET", budget)
     engine = engine_for("schc")
     recorded = Recorded(monkeypatch)
-    found = evaluate(engine, [packed_batch(ROWS, 64, depth=1)], CPU, "sparse")
+    found = evaluate(engine, [packed_batch(ROWS, 96, depth=1)], CPU, "sparse")
     means = []
     for layer in (1, 3):
         pairs = torch.tensor(list(recalls(recorded.calls[layer], topk=6)))
@@ -174,7 +174,7 @@ def test_recall_of_a_sample_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "QUERIES", 4)
     engine = engine_for("sc")
     recorded = Recorded(monkeypatch)
-    found = evaluate(engine, [packed_batch(ROWS, 64, depth=1)], CPU, "sparse")
+    found = evaluate(engine, [packed_batch(ROWS, 96, depth=1)], CPU, "sparse")
     pairs = list(recalls(recorded.calls[1], topk=6))
     sampled = [pairs[i * 47 // 4] for i in range(4)]  # evenly spaced, rows in order
     assert found["indexer_recall"] == pytest.approx(sum(r for r, _ in sampled) / 4, rel=1e-4)
@@ -182,12 +182,12 @@ def test_recall_of_a_sample_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_recall_in_dense_attention_is_that_of_what_would_be_selected() -> None:
     engine = engine_for("cs")  # the first layer gets the same input in both modes
-    batch = packed_batch(ROWS, 64, depth=1)
+    batch = packed_batch(ROWS, 96, depth=1)
     sparse, dense = (evaluate(engine, [batch], CPU, mode) for mode in ("sparse", "dense"))
     assert dense["indexer_recall/0"] == pytest.approx(sparse["indexer_recall/0"], rel=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"index_topk": 15}, {"layers": "sh"}])
 def test_no_recall_where_nothing_is_selected(changes: dict[str, Any]) -> None:
-    found = evaluate(engine_for(**changes), [packed_batch(ROWS, 64, depth=1)], CPU, "sparse")
+    found = evaluate(engine_for(**changes), [packed_batch(ROWS, 96, depth=1)], CPU, "sparse")
     assert not [name for name in found if "recall" in name] and found["lm"] > 0

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast
 
 import model.hf as hf
-from configs.compose import to_yaml
+from configs.compose import compose, from_yaml, to_yaml
 from configs.errors import ConfigError
 from data.tokenizer import train_bpe
 from model.hf import load_pretrained
@@ -41,7 +41,7 @@ def config_of_run(folder: Path, *overrides: str) -> RunConfig:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer_json())
     tokenizer = ["data.tokenizer.kind=file", f"data.tokenizer.path={folder / 'tokenizer.json'}"]
-    return cli.compose_around(CONFIG, [*tokenizer, *overrides])
+    return compose([*tokenizer, *overrides], CONFIG)
 
 
 def save(model: ForCausalLM, run: Path, config: RunConfig, step: int = 3, extra: int = 0) -> Path:
@@ -181,7 +181,7 @@ def test_the_configuration_in_the_manifest_is_checked():
     with pytest.raises(
         ConfigError, match=r"^train\.stepz: there is no such key; did you mean train\.steps\?"
     ):
-        cli.config_from_yaml(to_yaml(cli.compose_around(CONFIG, [])).replace("  steps:", "  stepz:"))
+        from_yaml(to_yaml(compose([], CONFIG)).replace("  steps:", "  stepz:"))
 
 
 # ---- what goes wrong ----

@@ -23,6 +23,7 @@ from transformers import DeepseekV4ForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import model.hf as hf
+from configs.compose import compose
 from configs.errors import ConfigError
 from model.config import ModelConfig
 from model.flops import parameter_shapes
@@ -31,7 +32,7 @@ from model.model import ForCausalLM
 from optim.partition import pieces
 from tests.tiny import tiny_config, tiny_model
 from tests.unit.train.test_export import PeakBytes, call, tokenizer_json
-from train import checkpoint, cli, import_hf, sample
+from train import checkpoint, import_hf, sample
 
 # FP8 needs several blocks: 256 columns are two, 160 rows two of which the second is not full.
 CONFIG = tiny_config(
@@ -268,7 +269,7 @@ def test_the_checkpoint_is_a_run_that_has_not_begun(quantised, tmp_path, capsys)
     assert call(import_hf, f"source={source}", f"out={run}", "optim.lr=1e-4", "train.steps=77") == 0
     said = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert said[:6] == ["python", "-m", "train", f"run.dir={run.parent}", "run.name=first", "resume=auto"]
-    assert cli.compose_around(CONFIG, [*said[3:5], *said[6:]]) == sample.run_config(
+    assert compose([*said[3:5], *said[6:]], CONFIG) == sample.run_config(
         run / "checkpoints" / "step-00000000"
     )
     step = checkpoint.newest_good(run / "checkpoints", pytest.fail)

@@ -27,7 +27,7 @@ from train.engine import Engine, TorchEngine
 from train.memory import WORKSPACES, Memory, Tracker, micro_batch_peak, predict, refuse_if_too_large, table
 from train.ranks import Ranks
 
-QUICK = {"num_nextn_predict_layers": 0, "hc_sinkhorn_iters": 1}
+QUICK: dict[str, Any] = {"num_nextn_predict_layers": 0, "hc_sinkhorn_iters": 1}
 LENGTH = 160  # ids of two rows fill blocks of 512 bytes
 EVERY_KIND = "schf"
 
@@ -106,8 +106,11 @@ def test_tracker_sees_what_backward_holds() -> None:
 def test_states_are_those_of_an_engine(dtype: str, optimizer: str) -> None:
     config = run_config(dtype=dtype)
     config = replace(config, optim=replace(config.optim, name=optimizer))
-    engine, memory = engine_for(config), predict(config)
+    memory = predict(config)
+    with Tracker("cpu") as tracker:
+        engine = engine_for(config)
     assert isinstance(engine, TorchEngine)
+    assert memory.build + memory.masters == pytest.approx(tracker.peak, rel=0.1)
     one_micro_batch(engine, config)
     assert memory.weights == nbytes(engine.model.parameters()) + nbytes(engine.model.buffers())
     weights = {id(parameter) for parameter in engine.model.parameters()}
@@ -256,7 +259,7 @@ def test_zero_keeps_to_the_prediction(world: int, tmp_path: Path) -> None:
         assert 0.99 < int(predicted) / int(measured) < 1.05
 
 
-def test_total_is_the_larger_of_two_moments() -> None:
+def test_total_is_the_largest_of_three_moments() -> None:
     memory = Memory(
         weights=2,
         masters=4,
@@ -265,6 +268,7 @@ def test_total_is_the_larger_of_two_moments() -> None:
         activations=100,
         scratch=50,
         buffers=1,
+        build=0,
         world=1,
         accumulates=True,
     )
@@ -272,6 +276,7 @@ def test_total_is_the_larger_of_two_moments() -> None:
     assert replace(memory, accumulates=False).total == 123
     assert replace(memory, scratch=150).total == 181
     assert replace(memory, scratch=150, accumulates=False).total == 181
+    assert replace(memory, build=126).total == 131 and replace(memory, build=128).total == 132
 
 
 def sized(config: RunConfig, **changes: Any) -> int:
@@ -287,7 +292,7 @@ def refusal(config: RunConfig, available: int, **options: bool) -> str:
 
 
 def test_refusal_names_the_least_change_that_helps() -> None:
-    config = run_config("s", rows=4, steps=1, **QUICK)
+    config = run_config("ss", rows=4, steps=1, **QUICK)
     by_rows = [sized(config, micro_batch=rows) for rows in (1, 2, 4)]
     by_length = [sized(config, seq_len=length) for length in (32, 40, 80, 160)]
     assert by_rows == sorted(set(by_rows)) and by_length == sorted(set(by_length))  # monotone
@@ -300,7 +305,7 @@ def test_refusal_names_the_least_change_that_helps() -> None:
 
 
 def test_refusal_counts_ranks() -> None:
-    base = run_config("s", "bfloat16", rows=1, steps=12, n_routed_experts=2000, **QUICK)
+    base = run_config("ss", "bfloat16", rows=1, steps=12, moe_intermediate_size=4000, **QUICK)
     config = replace(base, parallel=ParallelConfig())
     needs = {world: predict(config, world).total for world in (1, 2, 3)}
     assert needs[3] < needs[2] < needs[1]
@@ -310,7 +315,7 @@ def test_refusal_counts_ranks() -> None:
 
 
 def test_a_cpu_refuses_states_only() -> None:
-    config = run_config("s", **QUICK)
+    config = run_config("ss", **QUICK)
     memory = predict(config)
     assert memory.states < memory.total
     refuse_if_too_large(memory, memory.states, config, states_only=True)
@@ -318,11 +323,11 @@ def test_a_cpu_refuses_states_only() -> None:
 
 
 def test_table_shows_every_category() -> None:
-    memory = predict(run_config("s", **QUICK))
+    memory = predict(run_config("ss", **QUICK))
     console = Console(width=80)
     with console.capture() as captured:
         console.print(table(memory, 79 * 2**30))
     text = captured.get()
-    for name in ("weights", "masters", "gradients", "moments", "activations", "scratch", "buffers"):
+    for name in ("weights", "masters", "gradients", "moments", "activations", "scratch", "buffers", "build"):
         assert name in text
     assert f"{memory.total / 2**30:.2f}" in text and "79.00" in text

@@ -30,6 +30,7 @@ CUDA = torch.device("cuda")
 def test_expert_metrics_against_counting() -> None:
     config = tiny_config("scs", 1, num_nextn_predict_layers=1)
     model = tiny_model(config)
+    model.moes()[1].gate.e_score_correction_bias[2] = -5
     generator = torch.Generator().manual_seed(0)
     choices = [(torch.rand(300, generator=generator) ** (i + 1) * 8).long() for i in range(4)]
     loads = [torch.bincount(chosen, minlength=8) for chosen in choices]

@@ -14,6 +14,7 @@ from configs.compose import compose, help_text, multirun
 from configs.errors import ConfigError
 from model.config import ModelConfig
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost to fragments
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 

@@ -79,8 +79,8 @@ class Run:
             self.tracker.log(self.step, named)
             self.report.validation(self.step, found)
 
-    def save(self) -> float:
-        """Begin to save this step; returns the seconds that training stood still for it."""
+    def save(self) -> None:
+        """Begin to save this step, and log the seconds for which training stood still."""
         manifest = {
             "config": to_yaml(self.config),
             "data": self.data.train.state_dict(),
@@ -94,7 +94,10 @@ class Run:
             self.saver.save(self.step, self.engine.state(), manifest, texts)
         if not self.config.train.async_save:
             self.saved()
-        return time.perf_counter() - began
+        if self.ranks.first:
+            stall = {"seconds/checkpoint": time.perf_counter() - began}
+            self.logs["timing"].write(step=self.step, **stall)
+            self.tracker.log(self.step, stall)
 
     def saved(self) -> Path | None:
         """The newest checkpoint of this process, once it is on disk."""

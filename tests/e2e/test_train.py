@@ -125,7 +125,7 @@ def test_interrupt_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> 
         (["data.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["resume=/nowhere"], "resume"),
         (["run.dir=/dev/null/runs"], "run.dir"),
-        (["model.moe_intermediate_size=99999999"], "GiB"),
+        (["model.moe_intermediate_size=99999992"], "GiB"),
         (["train.device=cuda"], "train.device"),
     ],
 )

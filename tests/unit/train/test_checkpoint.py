@@ -333,7 +333,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_refused(folder: Path, file: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="" if file == "manifest.json" else words) as error:
+    with pytest.raises(ConfigError, match=None if file == "manifest.json" else words) as error:
         checkpoint.verify(folder)
     assert str(folder / file) in str(error.value) and "\n" not in str(error.value)
     warnings: list[str] = []

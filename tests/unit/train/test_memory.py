@@ -203,7 +203,7 @@ def test_scratch_is_that_of_an_optimizer(optimizer: str) -> None:
     config = run_config(
         "cccc",
         "bfloat16",
-        hidden_size=2048,
+        hidden_size=1024,
         moe_intermediate_size=1024,
         n_routed_experts=20,
         vocab_size=30_000,

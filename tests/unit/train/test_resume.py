@@ -94,8 +94,10 @@ def test_auto_leaves_a_run_that_is_all_damaged_but_begins_none_in_its_place(runs
     warnings: list[str] = []
     found = find_checkpoint(config(runs, "auto"), warnings.append)
     assert found == runs / "a" / "checkpoints" / "step-00000010" and len(warnings) == 2
-    with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged"):
-        find_checkpoint(config(runs, "auto", "b"), warnings.append)
+    (save(runs, "c", 1) / "manifest.json").unlink()
+    for name in ("b", "c"):
+        with pytest.raises(ConfigError, match=r"all checkpoints in .* are damaged"):
+            find_checkpoint(config(runs, "auto", name), warnings.append)
 
 
 def test_a_named_checkpoint_that_is_damaged_is_an_error(runs: Path) -> None:

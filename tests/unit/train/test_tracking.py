@@ -193,9 +193,24 @@ def test_a_hanging_backend_neither_slows_nor_stays(
     began = time.monotonic()
     tracker.close()
     assert time.monotonic() - began < 5 and child.poll() is not None
+    tracker.close()
     first, late, count = backend.warnings
     assert "does not keep up" in first and "not all was sent" in late
     assert f"{tracker.dropped} messages" in count
+
+
+def test_nobody_waits_for_a_child_that_died(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, _ = backend.start()
+    child = tracker._child
+    assert child is not None
+    child.kill()
+    child.wait()
+    monkeypatch.setattr(child, "poll", lambda: None)  # a moment ago it was alive
+    for step in range(3 * tracking.QUEUE):
+        tracker.log(step, {"lm": 1.0})
+    began = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - began < 5
 
 
 def test_without_a_server_it_goes_on_offline(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +311,7 @@ def test_secrets_stay_here() -> None:
     tree = {"hf_token": "t", "key": "k", "nested": [{"API_KEY": "a", "url": "s3://me:word@host/x", "n": 1}]}
     nested = {"API_KEY": "***", "url": "s3://***@host/x", "n": 1}
     assert without_secrets(tree) == {"hf_token": "***", "key": "***", "nested": [nested]}
-    plain = {"tokenizer": {"kind": "bpe"}, "batch_tokens": 4, "eos_token_id": 1, "key": None, "at": "a@b"}
+    plain = {"tokenizer": {"kind": "bpe"}, "batch_tokens": 4, "monkey": 1, "key": None, "at": "a@b"}
     assert without_secrets(plain) == plain
 
 

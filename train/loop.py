@@ -99,7 +99,8 @@ def train(config: RunConfig) -> float:
             while run.step < config.train.steps:
                 advance(run)
                 if run.ranks.any(stopping()):
-                    run.save()
+                    if run.step % config.train.save_every:
+                        run.save()
                     run.report.stopped(run.saved(), run.step)
                     raise KeyboardInterrupt
         loss = run.finish()

@@ -61,8 +61,8 @@ def _balance(axes: Axes, metrics: Lines) -> None:
 
 def _times(axes: Axes, timing: Lines) -> None:
     """Seconds of the parts on top of one another, so that their upper edge is the step."""
-    parts = [name for name in _names(timing, "seconds/") if name != "seconds/step"]
     steps = [line for line in timing if "seconds/step" in line]
+    parts = [name for name in _names(steps, "seconds/") if name != "seconds/step"]
     if steps:
         heights = [[line.get(part, 0.0) for line in steps] for part in parts]
         labels = [part.removeprefix("seconds/") for part in parts]

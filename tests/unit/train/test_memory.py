@@ -125,7 +125,7 @@ def test_states_are_those_of_an_engine(dtype: str, optimizer: str) -> None:
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({}, "sparse"),
-    ({}, "dense"),
+    ({"index_n_heads": 4096}, "dense"),  # the indexer, which would need most of all, rests
     ({"residual": "plain", "hc_mult": 1}, "sparse"),
     ({"num_nextn_predict_layers": 2, "n_shared_experts": 2, "n_routed_experts": 12}, "sparse"),
 ]
@@ -315,11 +315,11 @@ def test_refusal_counts_ranks() -> None:
 
 
 def test_a_cpu_refuses_states_only() -> None:
-    config = run_config("ss", **QUICK)
+    config = replace(run_config("ss", "bfloat16", **QUICK), parallel=ParallelConfig())
     memory = predict(config)
     assert memory.states < memory.total
     refuse_if_too_large(memory, memory.states, config, states_only=True)
-    assert refusal(config, memory.states - 1, states_only=True).endswith("use a smaller model")
+    assert refusal(config, memory.states - 1, states_only=True).endswith("; use a smaller model")
 
 
 def test_table_shows_every_category() -> None:

@@ -230,6 +230,7 @@ def test_the_picture_shows_every_curve(tmp_path: Path, monkeypatch: pytest.Monke
         logged.write(step=step, **values, max_load=1.5, **{"load_entropy/2": 0.9, "load_entropy/mtp0": 0.8})
         parts = {"seconds/forward": 1.0, "seconds/backward": 2.0, "seconds/step": 3.0}
         timing.write(step=step, tokens_per_s=100.0, **parts)
+    timing.write(step=4, **{"seconds/checkpoint": 9.0})  # of no step
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 5, "lm"')
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
     lines = {line.get_label(): line for axes in figures[0].axes for line in axes.lines}

@@ -323,7 +323,6 @@ class Saver:
         self._pending: Future[Path] | None = None
         self._newest: Path | None = None
         self._specs: dict[str, Spec] = {}
-        self._host: dict[str, Tensor] = {}
         self._copies: dict[str, Tensor] = {}
 
     def save(
@@ -357,23 +356,14 @@ class Saver:
         return self._newest
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """To the host, into the same memory as the time before while sizes stay.
-
-        Memory that tensors share, such as a flat partition, is copied in one go.
-        """
-        tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        """To the host, into the same memory as the time before while keys and shapes stay."""
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        spans = _spans(tensors)
-        specs = {str(number): (torch.uint8, tuple(span.shape)) for number, (span, _) in enumerate(spans)}
+        specs = _specs(tensors)
         if specs != self._specs:
-            self._specs, self._host, self._copies = {}, {}, {}  # the old memory goes before the new comes
-            self._specs, self._host = specs, _host_tensors(specs, pinned=on_gpu)
-        self._copies = {}
-        for host, (span, starts) in zip(self._host.values(), spans, strict=True):
-            host.copy_(span, non_blocking=True)
-            for key, start in starts.items():
-                part = host[start : start + tensors[key].nbytes]
-                self._copies[key] = part.view(tensors[key].dtype).view(tensors[key].shape)
+            self._specs, self._copies = {}, {}  # the old memory goes before the new comes
+            self._specs, self._copies = specs, _host_tensors(specs, pinned=on_gpu)
+        for key, tensor in tensors.items():
+            self._copies[key].copy_(tensor.detach(), non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
 
@@ -395,22 +385,6 @@ class Saver:
                 shutil.rmtree(_partial(folder, step), ignore_errors=True)
             raise
         return folder / f"step-{step:08d}"
-
-
-def _spans(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, int]]]:
-    """The memory of contiguous tensors as bytes, each with the keys that lie in it and where they begin."""
-    shared: dict[Any, list[str]] = {}
-    for key, tensor in tensors.items():
-        shared.setdefault(tensor.untyped_storage().data_ptr() if tensor.numel() else key, []).append(key)
-    spans = []
-    for keys in shared.values():
-        starts = {key: int(tensors[key].storage_offset()) * tensors[key].itemsize for key in keys}
-        first, last = min(starts.values()), max(start + tensors[key].nbytes for key, start in starts.items())
-        some = tensors[keys[0]]
-        span = torch.empty(0, dtype=torch.uint8, device=some.device)
-        span.set_(some.untyped_storage(), first, (last - first,))  # type: ignore[call-overload]
-        spans.append((span, {key: start - first for key, start in starts.items()}))
-    return spans
 
 
 def _host_tensors(specs: Mapping[str, Spec], pinned: bool) -> dict[str, Tensor]:

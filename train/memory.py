@@ -84,9 +84,10 @@ class Tracker(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
-            # Its shapes are only known for bfloat16 there; real devices take other dtypes, too.
-            out = func(*(x.bfloat16() for x in args[:2]), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:  # takes one dtype only there
+            a, b, offsets = args[:3]
+            groups = () if b.dim() == 3 else (len(offsets),)
+            out = a.new_empty(*groups, a.shape[0], b.shape[-1])
         else:
             out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
@@ -220,7 +221,7 @@ def _scratch(group: dict[str, Any], world: int) -> int:
 
 def table(memory: Memory, available: int) -> Table:
     """The prediction by category beside what the device has, in GiB."""
-    rows = Table("memory", "GiB", title=f"each of {memory.world} ranks, predicted", title_justify="left")
+    rows = Table("memory", "GiB", title="on each rank, predicted", title_justify="left")
     for name in ("weights", "masters", "gradients", "moments", "activations", "scratch", "buffers", "build"):
         rows.add_row(name, f"{getattr(memory, name) / GIB:,.2f}")
     rows.add_section()

@@ -26,7 +26,8 @@ def test_every_group_option_composes(option: str) -> None:
 
 
 def test_every_group_has_options() -> None:
-    assert set(groups()) == {"model", "data", "optim", "precision", "experiment"}
+    expected = {"model", "data", "optim", "precision", "parallel", "tracking", "experiment"}
+    assert set(groups()) == expected
 
 
 @pytest.mark.parametrize("option", groups()["experiment"])

@@ -315,15 +315,17 @@ def test_refusal_counts_ranks() -> None:
 
 
 def test_a_cpu_refuses_states_only() -> None:
-    config = replace(run_config("ss", "bfloat16", **QUICK), parallel=ParallelConfig())
+    """More ranks would share the same memory."""
+    config = run_config("ss", "bfloat16", n_routed_experts=2000, moe_intermediate_size=480, **QUICK)
+    config = replace(config, parallel=ParallelConfig(), optim=replace(config.optim, name="adamw"))
     memory = predict(config)
-    assert memory.states < memory.total
+    assert memory.states < memory.total and predict(config, 2).total < memory.states
     refuse_if_too_large(memory, memory.states, config, states_only=True)
     assert refusal(config, memory.states - 1, states_only=True).endswith("; use a smaller model")
 
 
 def test_table_shows_every_category() -> None:
-    memory = predict(run_config("ss", **QUICK))
+    memory = predict(run_config("ss", moe_intermediate_size=20, **QUICK))  # possible in fp32 only
     console = Console(width=80)
     with console.capture() as captured:
         console.print(table(memory, 79 * 2**30))

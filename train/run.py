@@ -170,7 +170,7 @@ def open_run(config: RunConfig) -> Run:
     report = Report(config.train, quiet=not ranks.first)
     found = ranks.together(lambda: _place(config, report), only_first=True)
     folder, resumed = ranks.share(found)
-    memory = predict(config, ranks.world, _bucket_bytes(config, ranks))
+    memory = predict(config, ranks.world, bucket_bytes(config, ranks))
     available = _available(ranks.device)
     ranks.together(
         lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
@@ -262,9 +262,12 @@ def _restore(folder: Path, config: RunConfig, engine: Engine, data: Data) -> dic
 
 def _prepare(folder: Path, config: RunConfig, step: int) -> None:
     """The run's folder as it was after `step`, with today's configuration."""
-    drop_after(folder, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    try:
+        drop_after(folder, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder}: {error.strerror}; choose another, or mend it") from error
 
 
 def _changes(manifest: Mapping[str, Any], config: RunConfig, ranks: Ranks) -> list[str]:
@@ -275,16 +278,17 @@ def _changes(manifest: Mapping[str, Any], config: RunConfig, ranks: Ranks) -> li
     return changed
 
 
-def _bucket_bytes(config: RunConfig, ranks: Ranks) -> int:
+def bucket_bytes(config: RunConfig, ranks: Ranks) -> int:
     """What DeepSpeed reduces gradients in; the bare engine has none."""
     if config.parallel.engine == "torch":
         return 0
-    numbers = min(BUCKET, count_parameters(config.model).total)
+    count = count_parameters(config.model)
+    numbers = min(BUCKET, count.total + count.mtp)
     overlapping = ranks.world > 1 and ranks.device.type == "cuda"  # one fills while the other travels
     return 4 * numbers * (2 if overlapping else 1)
 
 
 def _available(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

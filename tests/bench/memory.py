@@ -28,7 +28,7 @@ from configs.compose import compose
 from train.config import RunConfig
 from train.memory import predict
 from train.ranks import join, leave
-from train.run import _bucket_bytes, build_engine
+from train.run import bucket_bytes, build_engine
 
 MODELS = (
     "experiment=nano",
@@ -79,7 +79,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     tokens = config.train.seq_len * config.train.micro_batch
     ranks = join("cuda")
     config = replace(config, train=replace(config.train, batch_tokens=2 * tokens * ranks.world))
-    memory = predict(config, ranks.world, _bucket_bytes(config, ranks))
+    memory = predict(config, ranks.world, bucket_bytes(config, ranks))
     found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world}
     found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     found |= {"predicted": asdict(memory), "predicted_total": memory.total, "error": None}

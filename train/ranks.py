@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,15 +101,10 @@ def join(wanted: str) -> Ranks:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        atexit.register(dist.destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world == 1 else None
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10)
         )
     return Ranks(rank, world, device, dist.new_group(backend="gloo"))
-
-
-def leave() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -26,7 +26,7 @@ from model.model import ForCausalLM
 from tests.bench.train_step import random_batch
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
-from train.ranks import join, leave
+from train.ranks import join
 from train.zero import ZeroEngine
 
 ENGINES = ("torch", "zero1", "zero2")
@@ -124,7 +124,6 @@ def main() -> None:
     if args.out:
         with args.out.open("a") as file:
             file.write(line + "\n")
-    leave()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 from configs.compose import compose
 from train.config import RunConfig
 from train.memory import predict
-from train.ranks import join, leave
+from train.ranks import join
 from train.run import bucket_bytes, build_engine
 
 MODELS = (
@@ -99,7 +99,6 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     found["measured"] = peaks
     found["measured_total"] = max(stage["allocated"] for stage in peaks.values())
     found["predicted_over_measured"] = round(memory.total / found["measured_total"], 4)
-    leave()
     return found if ranks.first else {}
 
 

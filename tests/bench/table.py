@@ -1,34 +1,73 @@
-"""Benchmark results as a Markdown table: `python -m tests.bench.table tests/bench/results/*_h100_*.jsonl`."""
+"""Benchmark results as Markdown tables, one for each kind of result in the files:
+
+python -m tests.bench.table tests/bench/results/*_h100_*.jsonl
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-COLUMNS = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak memory", "hardware")
+Result = dict[str, Any]
+Row = tuple[str, ...]
+
+SPEED = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak memory", "hardware")
+ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "optimizer", "peak memory")
+MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
 
 
-def row(line: str) -> str | None:
-    """One table row of a result of `tests.bench.train_step`, or None for lines of other files."""
-    result = json.loads(line)
-    if "side" not in result:
-        return None
+def speed_row(result: Result) -> Row:
+    """Of `tests.bench.train_step`."""
     side = result["side"] + (", compiled" if result["compile"] else "")
     shape = f"{result['batch']} × {result['accumulate']}"
     speed = ("out of memory", "", "")
     if "error" not in result:
         speed = (f"{result['tokens_per_s']:,.0f}", f"{result['mfu']:.1%}", f"{result['gib']:.1f} GiB")
     hardware = f"{result['device']}, torch {result['torch']}"
-    return "| " + " | ".join((result["model"], str(result["seq_len"]), shape, side, *speed, hardware)) + " |"
+    return (result["model"], str(result["seq_len"]), shape, side, *speed, hardware)
+
+
+def engine_row(result: Result, bare: Result) -> Row:
+    """Of `tests.bench.engine`, beside the bare engine's result of the same shape."""
+    model = result["model"] + (", compiled" if result["compile"] else "")
+    shape = f"{result['batch']} × {result['accumulate']}"
+    if "error" in result:
+        return (model, shape, result["engine"], "out of memory", "", "", "")
+    times = f"{result['seconds']:.3f}", f"{result['seconds'] / bare['seconds']:.3f}"
+    return (
+        model,
+        shape,
+        result["engine"],
+        *times,
+        f"{result['optimizer_s']:.3f}",
+        f"{result['gib']:.1f} GiB",
+    )
+
+
+def memory_row(result: Result) -> Row:
+    """Of `tests.bench.memory`."""
+    totals = (result[f"{kind}_total"] / 2**30 for kind in ("predicted", "measured"))
+    ratio = f"{result['predicted_over_measured']:.3f}"
+    return (result["case"], *(f"{total:.2f} GiB" for total in totals), ratio)
+
+
+def print_table(columns: Row, rows: Iterable[Row]) -> None:
+    """Nothing where there are no rows."""
+    if rows := list(rows):
+        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
 
 
 def main(paths: list[str]) -> None:
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for path in paths:
-        for line in Path(path).read_text().splitlines():
-            if text := row(line):
-                print(text)
+    results = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+    engines = [result for result in results if "engine" in result]
+    bare = {(r["model"], r["batch"], r["compile"]): r for r in engines if r["engine"] == "torch"}
+    print_table(SPEED, (speed_row(result) for result in results if "side" in result))
+    print_table(ENGINE, (engine_row(r, bare[r["model"], r["batch"], r["compile"]]) for r in engines))
+    print_table(MEMORY, (memory_row(result) for result in results if result.get("measured_total")))
 
 
 if __name__ == "__main__":

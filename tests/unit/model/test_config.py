@@ -19,7 +19,7 @@ from model.config import CSA, FULL, HCA, SLIDING, ModelConfig
 from model.rope import inverse_frequencies
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "model"
-PRESET_NAMES = ["laptop", "nano", "ref_1b7", "v4_flash", "v4_pro"]
+PRESET_NAMES = ["laptop", "nano", "ref_1b7", "small", "v4_flash", "v4_pro"]
 
 
 def preset(name: str) -> dict[str, Any]:

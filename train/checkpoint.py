@@ -316,7 +316,9 @@ class Saver:
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0, group: Any = None):
-        if group is None and dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            group = None  # collectives in a second thread would slow a CPU's training down by half
+        elif group is None and dist.is_initialized():
             group = dist.new_group(backend="gloo")
         self._folder, self._keep, self._group = folder, (keep_last, keep_every), group
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

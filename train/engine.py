@@ -7,6 +7,7 @@ one process in plain torch and the reference; `train.zero.ZeroEngine` is DeepSpe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def compile_hot_parts(model: nn.Module) -> None:
             module.leave = torch.compile(module.leave)  # type: ignore[method-assign]
 
 
-class Engine:
+class Engine(ABC):
     """What both engines share; `model` computes, `optimizer` holds masters and moments of this rank."""
 
     model: ForCausalLM
@@ -47,12 +48,12 @@ class Engine:
         """Losses of one micro-batch (`data.loader`'s tensors, on the model's device)."""
         return self.model(**batch, **options)
 
+    @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`, already scaled by the counts of the whole step.
 
         `last`: this is the step's last micro-batch. Over ranks, gradients add up.
         """
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, lr: float, measure: bool = False) -> dict[str, Tensor]:
@@ -129,17 +130,21 @@ class Engine:
             for algorithm, square, count in zip(algorithms, squares, counts, strict=True)
         }
 
+    @abstractmethod
     def _clip(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Clip the accumulated gradients; norm of every set."""
 
+    @abstractmethod
     def _update(self) -> None:
-        raise NotImplementedError
+        """One optimizer step from the clipped gradients, into the model's weights too."""
 
+    @abstractmethod
     def _forget_gradients(self) -> None:
-        raise NotImplementedError
+        """Before the next step's first micro-batch."""
 
+    @abstractmethod
     def _copy_masters(self) -> None:
-        raise NotImplementedError
+        """Into the weights that the model computes with."""
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         return x

@@ -9,12 +9,21 @@ import torch
 
 from optim.partition import View, lay_out, pieces, whole_views
 
-EXPERTS = {"layers.0.mlp.experts.gate_up_proj": (4, 6, 5), "layers.0.mlp.experts.down_proj": (4, 5, 3)}
-TABLES = {"embed_tokens.weight": (96, 4), "lm_head.weight": (96, 4)}
-WHOLE = {"norm.weight": (7,), "layers.0.self_attn.sinks": (3,), "mtp.0.e_proj.weight": (9, 4), "a": (2, 5)}
+Shapes = dict[str, tuple[int, ...]]
+EXPERTS: Shapes = {
+    "layers.0.mlp.experts.gate_up_proj": (4, 6, 5),
+    "layers.0.mlp.experts.down_proj": (4, 5, 3),
+}
+TABLES: Shapes = {"embed_tokens.weight": (96, 4), "lm_head.weight": (96, 4)}
+WHOLE: Shapes = {
+    "norm.weight": (7,),
+    "layers.0.self_attn.sinks": (3,),
+    "mtp.0.e_proj.weight": (9, 4),
+    "a": (2, 5),
+}
 
 
-def views_of(shapes: dict[str, tuple[int, ...]]) -> tuple[list[torch.Tensor], list[View]]:
+def views_of(shapes: Shapes) -> tuple[list[torch.Tensor], list[View]]:
     """Parameters with numbers that occur once, and their views."""
     first, params = 0, []
     for shape in shapes.values():
@@ -45,7 +54,7 @@ def test_tables_are_cut_into_equal_blocks_of_rows(rows: int, blocks: int) -> Non
 
 @pytest.mark.parametrize("shapes", [EXPERTS, TABLES, WHOLE], ids=["experts", "tables", "whole"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 100])
-def test_partitions_hold_every_piece_once_and_whole(shapes: dict[str, tuple[int, ...]], ranks: int) -> None:
+def test_partitions_hold_every_piece_once_and_whole(shapes: Shapes, ranks: int) -> None:
     params, views = views_of(shapes)
     layout = lay_out(views, ranks)
     buffer = torch.cat([torch.full((-i,), -1.0) if i < 0 else params[i].flatten() for i in layout.order])

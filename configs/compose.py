@@ -95,7 +95,7 @@ def multirun(argv: list[str], task: Callable[[RunConfig], float | None]) -> None
         except ConfigError as error:
             raise SystemExit(f"error: {error}") from error
 
-    others = [argument for argument in argv if argument not in ("-m", "--multirun")]
+    others = [_may_add(argument) for argument in argv if argument not in ("-m", "--multirun")]
     sys.argv = [sys.argv[0], "--multirun", *others]  # Hydra's parser wants flags before overrides
     run_one()
 
@@ -103,6 +103,7 @@ def multirun(argv: list[str], task: Callable[[RunConfig], float | None]) -> None
 def to_run_config(composed: DictConfig) -> RunConfig:
     """Merge a composed tree strictly into the dataclasses' types and build them; raises ConfigError."""
     schema = _schema(RunConfig)
+    _name_elements(schema, composed, RunConfig)
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(schema, composed))
         parts = {name: _build(name, merged[name]) for name in map(str, schema)}
@@ -171,6 +172,9 @@ def check(overrides: Sequence[Override]) -> None:
         key = override.key_or_group
         if key in options or key.startswith("hydra"):
             continue
+        if inside := [mapping for mapping in _mappings(RunConfig) if key.startswith(f"{mapping}.")]:
+            _check_element(override, inside[0])
+            continue
         if key not in keys and not override.is_add():
             raise ConfigError(unknown_key(key, [*options, *keys]))
         section = OmegaConf.select(tree, key) if key in keys else None
@@ -179,6 +183,15 @@ def check(overrides: Sequence[Override]) -> None:
         ):
             names = [str(name) for name in section]
             raise ConfigError(f"{key}: holds {', '.join(names)}; set one of these: {key}.{names[0]}=VALUE")
+
+
+def _check_element(override: Override, mapping: str) -> None:
+    """Below a mapping any name is allowed, and the strict merge knows its keys; it needs one, though."""
+    key = override.key_or_group
+    whole = "." not in key.removeprefix(f"{mapping}.")
+    if whole and not (override.is_delete() or isinstance(override.value(), dict)):
+        names = [field.name for field in dataclasses.fields(_mappings(RunConfig)[mapping])]
+        raise ConfigError(f"{key}: set one of {', '.join(names)}, such as {key}.{names[0]}=VALUE")
 
 
 def _parse(text: str, sweep: bool = False) -> Override:
@@ -228,9 +241,39 @@ def _compose_yaml(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return hydra.compose("train", list(overrides))
+            return hydra.compose("train", [_may_add(text) for text in overrides])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(one_line(error)) from error
+
+
+def _may_add(override: str) -> str:
+    """Let a key of a named element, such as data.sources.web.weight, be set where no file mentions it."""
+    return (
+        f"++{override}"
+        if override.startswith(tuple(f"{name}." for name in _mappings(RunConfig)))
+        else override
+    )
+
+
+def _mappings(kind: type, prefix: str = "") -> dict[str, type]:
+    """Return {key: dataclass} of all mappings from names to dataclasses in a dataclass."""
+    found: dict[str, type] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _mappings(typing.cast(type, hint), f"{prefix}{name}.")
+        elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+            found[prefix + name] = typing.get_args(hint)[1]
+    return found
+
+
+def _name_elements(schema: DictConfig, composed: DictConfig, kind: type) -> None:
+    """Give the schema the names that mappings have, with the defaults of their elements.
+
+    OmegaConf would make these elements read-only while it merges, and then fail on their lists.
+    """
+    for key, element in _mappings(kind).items():
+        for name in OmegaConf.select(composed, key) or {}:
+            OmegaConf.update(schema, f"{key}.{name}", _schema(element))
 
 
 def _store_schema() -> None:

@@ -1,30 +1,36 @@
-"""Batches: the global stream of sequences, dealt to ranks, one batch prepared ahead."""
+"""Batches: the global stream of sequences, dealt to ranks, some prepared ahead."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
-from filelock import FileLock
-from rich.console import Console
 
 from configs.errors import ConfigError
-from data.config import DataConfig
-from data.files import hashed
-from data.order import Order
+from data.config import Shape
+from data.order import Cursor, Mixture, Sequence, Stream
 from data.packing import assemble, tokens_of
-from data.shards import Documents, document_key, open_shards
-from data.sources import Unit, find_units, read
-from data.tokenizer import Tokenizer, open_tokenizer
+from data.tokenizer import Tokenizer
 
-BPE_BYTES = 32 << 20  # text that a BPE is trained on; more hardly changes it
+STATE = 2  # version of `state_dict`
+AHEAD = 2  # batches prepared while the model is busy
 Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the global stream stands: the next step, the next sequence `g`, the one at which these weights of
+    the mixture began, and every source's cursor."""
+
+    step: int
+    g: int
+    mixed_from: int
+    weights: dict[str, float]
+    cursors: dict[str, Cursor]
 
 
 def deal(costs: list[int], world: int) -> list[list[int]]:
@@ -42,160 +48,177 @@ class Loader:
 
     def __init__(
         self,
-        documents: Documents,
-        order: Order,
+        streams: dict[str, Stream],
+        plan: Callable[[int], Shape],
         tokenizer: Tokenizer,
         *,
         seed: int,
         mtp_depth: int,
         rank: int = 0,
         world: int = 1,
+        on_change: str = "refuse",
     ):
-        self._documents, self._order, self._tokenizer = documents, order, tokenizer
-        self._mtp_depth, self._rank, self._world = mtp_depth, rank, world
-        self._identity = {
-            "seed": seed,
-            "seq_len": order.seq_len,
-            "fim_rate": order.fim_rate,
-            "data": documents.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-        }
-        self._g = 0  # the next sequence to hand out
+        """`plan` says for every step what its batch is made of."""
+        self._streams, self._plan, self._tokenizer = streams, plan, tokenizer
+        self._seed, self._mtp_depth, self._rank, self._world = seed, mtp_depth, rank, world
+        self._on_change = on_change
+        self._weights = {name: stream.corpus.source.weight for name, stream in streams.items()}
+        self._mixture = Mixture(self._weights, seed)
+        self._mixed = self._weights
+        self._start = Position(0, 0, 0, self._weights, dict.fromkeys(streams, Cursor()))
+        self._position = self._frontier = self._start  # what was handed out, what was prepared
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
-        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+        self._ahead: deque[Future[tuple[Batch, Position]]] = deque()
 
-    def batch(self, n_sequences: int) -> Batch:
-        """This rank's rows of the next `n_sequences` of the global stream, as int64 CPU tensors: input_ids,
-        labels, position_ids, document_ids [B, S] and next_ids [B, S, mtp_depth], with B = ceil(n / world) on
-        every rank: one with fewer rows gets rows that are all padding."""
-        wanted = (self._g, n_sequences)
-        if self._ahead is None or self._ahead[0] != wanted:
-            self._ahead = (wanted, self._worker.submit(self._build, *wanted))
-        batch = self._ahead[1].result()
-        self._g += n_sequences
-        following = (self._g, n_sequences)
-        self._ahead = (following, self._worker.submit(self._build, *following))
+    @property
+    def step(self) -> int:
+        """The step whose batch comes next."""
+        return self._position.step
+
+    def batch(self) -> Batch:
+        """This rank's rows of the next step, as int64 CPU tensors: input_ids, labels, position_ids,
+        document_ids [B, S] and next_ids [B, S, mtp_depth]. B = ceil(sequences / world) on every rank: one with
+        fewer rows gets rows that are all padding. In pinned memory where there is a GPU."""
+        while len(self._ahead) <= AHEAD:
+            self._ahead.append(self._worker.submit(self._next))
+        try:
+            batch, self._position = self._ahead.popleft().result()
+        except BaseException:
+            self._restart_from(self._position)
+            raise
         return batch
 
-    def one_pass(self, n_sequences: int, limit: int | None = None) -> Iterator[Batch]:
+    def one_pass(self, sequences: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches of the first epoch from its beginning, `limit` sequences at most, the last one filled with
-        padding: always the same, and without moving the stream."""
-        total = self._worker.submit(self._order.first_epoch).result()
-        total = total if limit is None else min(limit, total)
-        for g in range(0, total, n_sequences):
-            yield self._worker.submit(self._build, g, n_sequences, total).result()
+        padding: always the same, and without moving the stream. Ends with the first source that ends."""
 
-    def state_dict(self) -> dict:
+        def part(position: Position) -> tuple[Batch | None, Position]:
+            wanted = sequences if limit is None else min(sequences, limit - position.g)
+            found, after = self._draw(position, Shape(wanted, seq_len), epochs=1)
+            return (self._assembled(found, sequences, seq_len) if found else None), after
+
+        position = self._start
+        while True:
+            batch, position = self._worker.submit(part, position).result()
+            if batch is None:
+                return
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the batches handed out; the same for every rank and world size."""
+        at = self._position
         return {
-            **self._identity,
-            "g": self._g,
-            "mark": list(self._worker.submit(self._order.mark, self._g).result()),
+            "version": STATE,
+            "seed": self._seed,
+            "tokenizer": self._tokenizer.fingerprint,
+            "step": at.step,
+            "g": at.g,
+            "mixed_from": at.mixed_from,
+            "weights": at.weights,
+            "sources": {
+                name: {**self._identity(stream), "cursor": at.cursors[name].to_list()}
+                for name, stream in self._streams.items()
+            },
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue a stream. Raises ConfigError if it was another one."""
-        for key, mine in self._identity.items():
-            if state.get(key) != mine:
-                raise ConfigError(
-                    f"data: the checkpoint was written with another {key} ({state.get(key)}, here {mine});"
-                    f" restore that {key}, or start a new run"
-                )
-        first, epoch, window = state["mark"]
-        self._worker.submit(self._order.start_from, (first, epoch, window)).result()
-        self._g = state["g"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a stream. Raises ConfigError if it was another one, or, with on_change=restart, begins the
+        sources anew that are others."""
+        if state.get("version") != STATE:
+            raise ConfigError(
+                f"data: the checkpoint is of version {state.get('version', 1)}, here {STATE};"
+                " export its weights and start a new run, or use the version of Fourfold that wrote it"
+            )
+        cursors = dict(self._start.cursors)
+        changes = self._changes(state)
+        if changes and self._on_change == "refuse":
+            key, before, now = changes[0]
+            raise ConfigError(
+                f"{key} is not that of the checkpoint ({before}, here {now}); restore it, start a new run,"
+                " or begin what changed anew with data.on_change=restart"
+            )
+        same_order = not any(key in ("train.seed", "data.tokenizer") for key, *_ in changes)
+        for name, stream in self._streams.items():
+            kept = state["sources"].get(name, {})
+            if same_order and all(kept.get(key) == value for key, value in self._identity(stream).items()):
+                cursors[name] = Cursor.from_list(kept["cursor"])
+        position = Position(state["step"], state["g"], state["mixed_from"], state["weights"], cursors)
+        if set(position.weights) != set(self._weights):
+            position = replace(position, mixed_from=position.g, weights=self._weights)
+        self._restart_from(position)
 
-    def _build(self, g: int, n_sequences: int, stop: int | None = None) -> Batch:
-        """Sequences g, g + 1, ... before `stop`. Runs on the worker thread alone, which owns the order."""
-        last = g + n_sequences if stop is None else min(g + n_sequences, stop)
-        sequences = [self._order.sequence(i) for i in range(g, last)]
+    def _identity(self, stream: Stream) -> dict[str, Any]:
+        """What must be the same for a source to go on where it stood."""
+        source, corpus = stream.corpus.source, stream.corpus
+        return {
+            "files": corpus.fingerprint,
+            "filters": [source.min_tokens, source.max_tokens, source.deduplicate],
+            "fim_rate": source.fim_rate,
+            "validation_fraction": corpus.validation_fraction,
+            "shuffle_shards": corpus.shuffle_shards,
+        }
+
+    def _changes(self, state: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(key, before, now) of everything that makes this another stream."""
+        found: list[tuple[str, Any, Any]] = [("train.seed", state["seed"], self._seed)]
+        found += [("data.tokenizer", state["tokenizer"], self._tokenizer.fingerprint)]
+        names = [*state["sources"], *(name for name in self._streams if name not in state["sources"])]
+        for name in names:
+            before = state["sources"].get(name)
+            stream = self._streams.get(name)
+            now = self._identity(stream) if stream else None
+            if before is None or now is None:
+                there = ["not there", "there"]
+                found.append((f"data.sources.{name}", there[bool(before)], there[bool(now)]))
+                continue
+            found += [(f"data.sources.{name}.{key}", before.get(key), value) for key, value in now.items()]
+        return [(key, before, now) for key, before, now in found if before != now]
+
+    def _restart_from(self, position: Position) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._position = position
+        self._worker.submit(setattr, self, "_frontier", position).result()
+
+    def _next(self) -> tuple[Batch, Position]:
+        """The batch of the step after those prepared. Runs on the worker thread, which owns the order."""
+        shape = self._plan(self._frontier.step)
+        sequences, after = self._draw(self._frontier, shape)
+        batch = self._assembled(sequences, shape.sequences, shape.seq_len)
+        self._frontier = replace(after, step=after.step + 1)
+        return batch, self._frontier
+
+    def _draw(
+        self, position: Position, shape: Shape, epochs: int | None = None
+    ) -> tuple[list[Sequence], Position]:
+        """The next sequences of the global stream, and where it stands after them; fewer at the end of
+        `epochs` of a source."""
+        weights = dict(shape.weights or self._weights)
+        if weights != position.weights:
+            position = replace(position, mixed_from=position.g, weights=weights)
+        if weights != self._mixed:
+            self._mixture, self._mixed = Mixture(weights, self._seed), weights
+        found: list[Sequence] = []
+        cursors, g = dict(position.cursors), position.g
+        while len(found) < shape.sequences:
+            name = self._mixture.source(g - position.mixed_from)
+            stream = self._streams[name]
+            cursors[name] = stream.at(cursors[name], shape.seq_len)
+            if epochs is not None and cursors[name].epoch >= epochs:
+                break
+            sequence, cursors[name] = stream.take(cursors[name], shape.seq_len)
+            found.append(sequence)
+            g += 1
+        return found, replace(position, g=g, cursors=cursors)
+
+    def _assembled(self, sequences: list[Sequence], count: int, seq_len: int) -> Batch:
+        """This rank's rows of `count` sequences, of which the last ones may be missing."""
         hand = deal([sum(piece.length**2 for piece in s) for s in sequences], self._world)[self._rank]
-        rows = [[tokens_of(p, self._documents, self._tokenizer.fim) for p in sequences[i]] for i in hand]
-        rows += [[] for _ in range(-(-n_sequences // self._world) - len(rows))]
-        arrays = assemble(
-            rows, seq_len=self._order.seq_len, mtp_depth=self._mtp_depth, fill=self._tokenizer.eos_id
-        )
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run needs. ``summary``: documents, tokens, bytes (of text), shards, train_tokens, valid_tokens,
-    source_bytes (on disk; more than ``bytes`` where max_bytes took a part), ignored_files (of unknown kind),
-    seconds (to open)."""
-
-    tokenizer: Tokenizer
-    train: Loader
-    valid: Loader
-    summary: dict[str, int | float]
-
-
-def open_data(
-    config: DataConfig, *, seq_len: int, mtp_depth: int, seed: int, rank: int = 0, world: int = 1
-) -> Data:
-    """The tokenizer and loaders of a configured source. The first call for a source tokenizes it, later ones
-    find it in `config.cache_dir`. Validation does not depend on `seed`. Raises ConfigError."""
-    began = time.perf_counter()
-    cache = Path(config.cache_dir).expanduser()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir: {cache} cannot be made: {error.strerror}; choose another"
-        ) from error
-    units, found = find_units(config)
-    with (
-        FileLock(cache / "lock"),
-        Console(stderr=True, quiet=rank > 0 or not sys.stderr.isatty()).status("preparing the tokenizer"),
-    ):
-        source = hashed([unit.fingerprint for unit in units], config.validation_fraction, BPE_BYTES)
-        tokenizer = open_tokenizer(config.tokenizer, cache, source, training_texts(units, config))
-    if config.fim_rate and tokenizer.fim is None:
-        raise ConfigError(
-            f"data.fim_rate: {config.fim_rate} needs fill-in-the-middle marks; this tokenizer has none"
-        )
-    shards = open_shards(units, tokenizer, cache, progress=rank == 0)
-    documents = Documents(shards)
-    held_out = held_out_mask(documents.keys, config)
-
-    def loader(mask: np.ndarray, seed: int, fim_rate: float, name: str) -> Loader:
-        chosen = documents.choose(mask)
-        order = Order(chosen.lengths, seed=seed, seq_len=seq_len, fim_rate=fim_rate, name=name)
-        return Loader(chosen, order, tokenizer, seed=seed, mtp_depth=mtp_depth, rank=rank, world=world)
-
-    summary = {
-        "documents": len(documents),
-        "tokens": int(documents.lengths.sum()),
-        "bytes": sum(manifest.bytes for manifest in shards.values()),
-        "shards": len(shards),
-        "train_tokens": int(documents.lengths[~held_out].sum()),
-        "valid_tokens": int(documents.lengths[held_out].sum()),
-        **found,
-        "seconds": time.perf_counter() - began,
-    }
-    train = loader(~held_out, seed, config.fim_rate, "train")
-    return Data(tokenizer, train, loader(held_out, 0, 0.0, "valid"), summary)
-
-
-def held_out_mask(keys: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Which documents are for validation: those whose key falls into the first `validation_fraction` of all
-    keys, or the nearest one where that would leave a side empty."""
-    if len(np.unique(keys)) < 2:
-        where = config.path or "the built-in source"
-        raise ConfigError(
-            f"data.path: {where} holds fewer than two different documents; add text to hold out"
-        )
-    threshold = np.uint64(int(config.validation_fraction * 2**64))
-    return keys < min(max(threshold, keys.min() + np.uint64(1)), keys.max())
-
-
-def training_texts(units: list[Unit], config: DataConfig) -> Iterator[str]:
-    """Documents that are not held out, up to BPE_BYTES characters, from units in no particular order."""
-    threshold = int(config.validation_fraction * 2**64)
-    left = BPE_BYTES
-    for unit in sorted(units, key=lambda unit: unit.fingerprint):
-        for text in (text for batch in read(unit) for text in batch if document_key(text) >= threshold):
-            yield text
-            left -= len(text)
-            if left < 0:
-                return
+        rows = [[tokens_of(piece, self._tokenizer.fim) for piece in sequences[i]] for i in hand]
+        rows += [[] for _ in range(-(-count // self._world) - len(rows))]
+        arrays = assemble(rows, seq_len=seq_len, mtp_depth=self._mtp_depth, fill=self._tokenizer.eos_id)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if torch.cuda.is_available():
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors

@@ -15,9 +15,10 @@ FIM_MARKS = 3  # tokens that fill-in-the-middle adds to a document
 
 
 class Piece(NamedTuple):
-    """`length` tokens of a document from `start` on. With `cuts`, the whole document, rearranged."""
+    """`length` tokens of a document from `start` on; with `cuts`, of the document as it is rearranged."""
 
-    document: int
+    documents: Documents
+    number: int
     start: int
     length: int
     cuts: tuple[int, int] | None = None
@@ -30,6 +31,23 @@ def split_long(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarr
     first = np.cumsum(counts) - counts
     start = (np.arange(len(index)) - first[index]) * capacity
     return index, start, np.minimum(capacity, lengths[index] - start)
+
+
+def joined_pieces(pieces: list[Piece], capacity: int) -> list[Piece]:
+    """The same tokens in few pieces of at most `capacity`: neighbours in a document become one."""
+    whole: list[Piece] = []
+    for piece in sorted(pieces, key=lambda p: (p.documents.order, p.number, p.start)):
+        if whole and piece == whole[-1]._replace(
+            start=whole[-1].start + whole[-1].length, length=piece.length
+        ):
+            whole[-1] = whole[-1]._replace(length=whole[-1].length + piece.length)
+        else:
+            whole.append(piece)
+    return [
+        piece._replace(start=piece.start + at, length=min(capacity, piece.length - at))
+        for piece in whole
+        for at in range(0, piece.length, capacity)
+    ]
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -59,12 +77,12 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def tokens_of(piece: Piece, documents: Documents, fim: FimIds | None) -> np.ndarray:
+def tokens_of(piece: Piece, fim: FimIds | None) -> np.ndarray:
     """The piece's ids, [length]."""
-    ids = documents[piece.document]
-    if piece.cuts is None or fim is None:
-        return ids[piece.start : piece.start + piece.length]
-    return rearranged(ids, piece.cuts, fim)
+    ids = piece.documents[piece.number]
+    if piece.cuts is not None and fim is not None:
+        ids = rearranged(ids, piece.cuts, fim)
+    return ids[piece.start : piece.start + piece.length]
 
 
 def rearranged(ids: np.ndarray, cuts: tuple[int, int], fim: FimIds) -> np.ndarray:

@@ -1,41 +1,48 @@
 """Tokenized documents on disk: sealed Arrow files, built once, read as views of the page cache.
 
-A shard is named by the hash of its unit, the tokenizer and the format. It becomes visible only when complete,
-and a JSON manifest beside it holds its counts and checksum: a shard that fails its checksum is built again.
+A shard is named by the hash of its unit, the tokenizer and the format. It becomes visible only when complete.
+A JSON manifest beside it holds its counts and checksums. Lengths, keys and the checksum of every document are
+verified when a shard is opened, a document's tokens whenever they are read: damage is never trained on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.errors import ConfigError
 from data.files import checksum, hashed, sealed
-from data.sources import Unit, read
+from data.reading import read
+from data.sources import Say, Unit
 from data.tokenizer import Tokenizer
 
-FORMAT = 1  # of a shard; a change here makes every shard anew
+FORMAT = 2  # of a shard; a change here makes every shard anew
 DOCUMENTS_PER_BATCH = 1000
-SCHEMA = pa.schema({"input_ids": pa.large_list(pa.uint32()), "key": pa.uint64()})
+SCHEMA = pa.schema({"input_ids": pa.large_list(pa.uint32()), "key": pa.uint64(), "crc": pa.uint32()})
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard holds. ``bytes`` counts UTF-8 text, ``tokens`` the end mark of every document too."""
+    """What a shard holds. ``bytes`` counts UTF-8 text, ``tokens`` the end mark of every document too;
+    ``index`` is the checksum of all lengths, keys and documents' checksums, ``checksum`` the file's;
+    ``files`` are those that it was made of."""
 
     documents: int
     tokens: int
     bytes: int
+    index: str
     checksum: str
+    files: list[str]
 
 
 def document_key(text: str) -> int:
@@ -45,61 +52,53 @@ def document_key(text: str) -> int:
 
 def shard_path(unit: Unit, tokenizer: Tokenizer, folder: Path) -> Path:
     """Where the unit's shard lies, there or not."""
-    return folder / f"{hashed('shard', FORMAT, unit.fingerprint, tokenizer.fingerprint)}.arrow"
+    return folder / "shards" / f"{hashed('shard', FORMAT, unit.fingerprint, tokenizer.fingerprint)}.arrow"
 
 
-def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of a shard that is complete and intact, else None."""
+def read_manifest(path: Path, *, whole: bool = False) -> Manifest | None:
+    """The manifest of a shard that is there, else None. With `whole` its file's checksum is verified, too."""
     try:
         manifest = Manifest(**json.loads(path.with_suffix(".json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return manifest if path.exists() and checksum(path) == manifest.checksum else None
+    good = checksum(path) == manifest.checksum if whole and path.exists() else path.exists()
+    return manifest if good else None
 
 
-def open_shards(
-    units: list[Unit], tokenizer: Tokenizer, folder: Path, *, progress: bool
-) -> dict[Path, Manifest]:
-    """The units' shards, in order. Those missing or damaged are built, by one process while others wait."""
-    paths = [shard_path(unit, tokenizer, folder) for unit in units]
-    manifests = [read_manifest(path) for path in paths]
-    if None in manifests:
-        with FileLock(folder / "lock"):
-            build_missing(dict(zip(paths, units, strict=True)), tokenizer, progress=progress)
-        manifests = [read_manifest(path) for path in paths]
-    return {path: manifest for path, manifest in zip(paths, manifests, strict=True) if manifest}
-
-
-def build_missing(units: dict[Path, Unit], tokenizer: Tokenizer, *, progress: bool) -> None:
-    missing = {path: unit for path, unit in units.items() if read_manifest(path) is None}
-    for path in missing:
-        for draft in path.parent.glob(f".{path.stem}.*.tmp"):  # of a build that was killed
-            draft.unlink()
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    shown = progress and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=sum(unit.size for unit in missing.values()))
-        for path, unit in missing.items():
-            build(unit, tokenizer, path)
-            bar.advance(task, unit.size)
-
-
-def build(unit: Unit, tokenizer: Tokenizer, path: Path) -> None:
-    """Tokenize a unit into a sealed shard."""
-    documents = tokens = size = 0
+def build(
+    unit: Unit,
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    minutes: float = 0.0,
+    say: Say = print,
+    advance: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Tokenize a unit into a sealed shard. `minutes` and `say` are those of `read`; `advance` is told the
+    bytes of text that each batch had. Raises ConfigError if what was there before was of other content."""
+    count = tokens = size = 0
     end = np.array([tokenizer.eos_id], np.uint32)
+    index = Index()
+    before = read_manifest(path)
     with sealed(path) as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        for texts in read(unit):
+        for texts in read(unit, minutes=minutes, say=say):
             ids = [np.concatenate([found, end]) for found in tokenizer.encode_batch(texts)]
             keys = [document_key(text) for text in texts]
             for start in range(0, len(ids), DOCUMENTS_PER_BATCH):
                 part = slice(start, start + DOCUMENTS_PER_BATCH)
-                writer.write_batch(record_batch(ids[part], keys[part]))
-            documents += len(ids)
+                batch = record_batch(ids[part], keys[part])
+                writer.write_batch(batch)
+                index.add(batch)
+            done = sum(len(text.encode()) for text in texts)
+            advance(done)
+            size += done
+            count += len(ids)
             tokens += sum(map(len, ids))
-            size += sum(len(text.encode()) for text in texts)
-    manifest = Manifest(documents, tokens, size, checksum(path))
+        if before and before.index != index.checksum():
+            raise ConfigError(
+                f"{path}: is damaged, and {unit.files[0]} gives other tokens now; remove it to use them"
+            )
+    manifest = Manifest(count, tokens, size, index.checksum(), checksum(path), list(unit.files))
     with sealed(path.with_suffix(".json")) as file:
         file.write(json.dumps(asdict(manifest)).encode())
 
@@ -107,47 +106,120 @@ def build(unit: Unit, tokenizer: Tokenizer, path: Path) -> None:
 def record_batch(ids: list[np.ndarray], keys: list[int]) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
     lists = pa.LargeListArray.from_arrays(offsets, np.concatenate(ids))
-    return pa.RecordBatch.from_arrays([lists, pa.array(keys, pa.uint64())], schema=SCHEMA)
+    crcs = [crc32(i.data) for i in ids]
+    return pa.RecordBatch.from_arrays(
+        [lists, pa.array(keys, pa.uint64()), pa.array(crcs, pa.uint32())], schema=SCHEMA
+    )
 
 
-class Documents:
-    """The documents of some shards, or a choice of them, as zero-copy views.
+class Index:
+    """The checksum of what says where documents are and what they should be."""
 
-    Attributes: lengths (int64, tokens with the end mark), keys (uint64), fingerprint.
+    def __init__(self) -> None:
+        self._hash = blake2b(digest_size=16)
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        lists, keys, crcs = batch.columns
+        for array in (np.diff(lists.offsets.to_numpy()), keys.to_numpy(), crcs.to_numpy()):
+            self._hash.update(np.ascontiguousarray(array).data)
+
+    def checksum(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Shard:
+    """A sealed shard, as views of its file.
+
+    Attributes: lengths (uint32, tokens with the end mark), manifest. Raises Damaged when its index is not
+    what the manifest says. `repair(path)` is called when a document's tokens are not what they should be.
     """
 
-    def __init__(self, shards: dict[Path, Manifest]):
-        columns = [
-            Dataset.from_file(str(path)).data for path, manifest in shards.items() if manifest.documents
-        ]
-        lists = [chunk for table in columns for chunk in table.column("input_ids").chunks]
-        starts = [chunk.offsets.to_numpy()[:-1] for chunk in lists]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in lists]
-        self._start = joined(starts, np.int64)
-        self._chunk = np.repeat(np.arange(len(lists)), [len(s) for s in starts])
-        self.lengths = joined([np.diff(chunk.offsets.to_numpy()) for chunk in lists], np.int64)
-        self.keys = joined([table.column("key").to_numpy() for table in columns], np.uint64)
-        self.fingerprint = hashed("documents", [m.checksum for m in shards.values()])
+    def __init__(self, path: Path, repair: Callable[[Path], None] | None = None):
+        self.path = path
+        self._repair = repair
+        self._open()
+
+    def _open(self) -> None:
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            raise Damaged(f"{self.path}: the shard or its manifest is missing or cannot be read")
+        self.manifest = manifest
+        try:
+            batches = Dataset.from_file(str(self.path)).data.to_batches() if manifest.documents else []
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise Damaged(f"{self.path}: {str(error).splitlines()[0]}") from error
+        index = Index()
+        for batch in batches:
+            index.add(batch)
+        if index.checksum() != manifest.index:
+            raise Damaged(f"{self.path}: its index is damaged")
+        self._offsets = [batch.column(0).offsets.to_numpy() for batch in batches]
+        self._values = [batch.column(0).values.to_numpy(zero_copy_only=True) for batch in batches]
+        self._keys = [batch.column(1).to_numpy() for batch in batches]
+        self._crcs = [batch.column(2).to_numpy() for batch in batches]
+        self._first = np.cumsum([0, *map(len, batches)]).tolist()
+        self.lengths = joined([np.diff(offsets) for offsets in self._offsets], np.uint32)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def keys(self) -> np.ndarray:
+        """The documents' keys, uint64."""
+        return joined(self._keys, np.uint64)
+
+    def tokens(self, row: int) -> np.ndarray:
+        """The ids (uint32) of one document. Raises ConfigError when they are damaged beyond repair."""
+        for attempt in range(2):
+            batch = bisect_right(self._first, row) - 1
+            at = row - self._first[batch]
+            start, stop = self._offsets[batch][at : at + 2].tolist()
+            ids = self._values[batch][start:stop]
+            if crc32(ids.data) == self._crcs[batch][at]:
+                return ids
+            if attempt == 0 and self._repair:
+                self._repair(self.path)
+                self._open()
+        raise ConfigError(
+            f"{self.path}: document {row} is damaged; restore the file, or remove it to make it anew"
+        )
+
+
+class Damaged(ConfigError):
+    """A shard that is not what its manifest says."""
+
+
+class Documents:
+    """Chosen documents of some shards, still as views: 8 bytes of memory for each.
+
+    Attributes: lengths (uint32, tokens with the end mark), order (which of a stream's groups this is).
+    """
+
+    def __init__(self, shards: Sequence[Shard], rows: Sequence[np.ndarray], order: tuple[int, int] = (0, 0)):
+        self._shards = list(shards)
+        self._rows = joined(list(rows), np.uint32)
+        self._first = np.cumsum([0, *map(len, rows)]).tolist()
+        self.lengths = joined([s.lengths[r] for s, r in zip(shards, rows, strict=True)], np.uint32)
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of all documents together."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def again(self, order: tuple[int, int]) -> Documents:
+        """The same documents as another group."""
+        same = copy(self)
+        same.order = order
+        return same
+
     def __getitem__(self, index: int) -> np.ndarray:
-        start = self._start[index]
-        return self._values[self._chunk[index]][start : start + self.lengths[index]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(len(self)))
-
-    def choose(self, mask: np.ndarray) -> Documents:
-        """The documents where the mask is set, still as views."""
-        chosen = object.__new__(Documents)
-        chosen._values = self._values
-        chosen._start, chosen._chunk = self._start[mask], self._chunk[mask]
-        chosen.lengths, chosen.keys = self.lengths[mask], self.keys[mask]
-        chosen.fingerprint = hashed("choice", self.fingerprint, np.packbits(mask).tobytes())
-        return chosen
+        shard = bisect_right(self._first, index) - 1
+        return self._shards[shard].tokens(int(self._rows[index]))
 
 
 def joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)

@@ -1,81 +1,236 @@
-"""Where documents come from: files, grouped into units, read as batches of text.
+"""Where documents come from: files here, on servers and on the hub, as units.
 
-A unit is what becomes one shard: some megabytes of text files, or one JSONL or Parquet file. Its fingerprint
-covers the name, size and content of every file, so that a changed file is a new unit.
+A unit is what becomes one shard: some megabytes of text files, one JSONL or Arrow file, or some row groups of
+a Parquet file. Its fingerprint covers the name, size and content (of a remote file: the version) of every
+file, so that a changed file is a new unit. What was found is kept in a listing: remote places are looked at
+once, local files are hashed once, and shards that were copied are used where their source is not.
 """
 
 from __future__ import annotations
 
 import glob
 import importlib.util
+import json
 import os
+import re
 import sysconfig
-import tempfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import datasets
-import pyarrow as pa
+import fsspec
 import pyarrow.parquet as pq
 
 from configs.errors import ConfigError
-from data.config import DataConfig
-from data.files import checksum, hashed
+from data.config import BUILTIN, DataConfig, SourceConfig
+from data.files import checksum, hashed, sealed
+from data.remote import RemoteFile, describe, is_url, opened, patiently
 
 PROSE = (".txt", ".md", ".rst", ".tex")
 CODE = (".py", ".sh", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".java", ".js", ".ts")
-BUILDER = dict.fromkeys(PROSE + CODE, "text") | {".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+ROWS = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
+BUILDER = dict.fromkeys(PROSE + CODE, "text") | ROWS
+PACKED = ("", ".gz", ".zst")  # of text and JSONL
 
 LARGEST_PYTHON_FILE = 200_000  # bytes; larger ones are tables and generated code
 UNIT_BYTES = 8 << 20  # text files of about this size share a shard
-DOCUMENT_CHARACTERS = 1 << 17  # a longer text file (a book) counts as several documents
-BATCH_CHARACTERS = 1 << 21  # of text handed to the tokenizer at a time: enough to feed every core
+ROW_GROUPS_BYTES = 64 << 20  # uncompressed text of a unit of Parquet row groups
+AT_ONCE = 16  # requests to a server
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was found. ``version``: the hash of its content, or what its server calls this state."""
+
+    name: str  # within its source, the same wherever the source lies
+    path: str  # or URL
+    size: int
+    version: str
+    changed: int = 0  # when, in nanoseconds, of a local file
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Files that become one shard. ``size`` is theirs on disk, ``limit`` the most text taken, in bytes."""
+    """What becomes one shard. ``size`` is the files' on disk, ``limit`` the most text taken, in bytes,
+    ``row_groups`` the first of a Parquet file and the one after the last, ``known`` the size and version of
+    each file on a server."""
 
     files: tuple[str, ...]
     builder: str
     column: str
     size: int
     limit: int | None
+    row_groups: tuple[int, int] | None
+    known: tuple[tuple[int, str], ...]
     fingerprint: str
 
+    @staticmethod
+    def from_dict(fields: dict) -> Unit:
+        """A unit as `dataclasses.asdict` and JSON gave it."""
+        rows = fields["row_groups"]
+        own = {"files": tuple(fields["files"]), "row_groups": tuple(rows) if rows else None}
+        own["known"] = tuple((size, version) for size, version in fields["known"])
+        return Unit(**(fields | own))
 
-def find_units(config: DataConfig) -> tuple[list[Unit], dict[str, int]]:
-    """The units of the configured source in a fixed order, and what was found: `source_bytes` on disk (of
-    which max_bytes may take a part) and `ignored_files` of unknown kind. ConfigError if there is no text."""
-    if config.path is None:
-        named, builder, ignored = python_files(), "text", 0
+    @property
+    def remote(self) -> bool:
+        return "://" in self.files[0]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A source's units in a fixed, random-like order, its bytes on disk (of which max_bytes may take a part)
+    and the number of files of unknown kind."""
+
+    units: list[Unit]
+    source_bytes: int
+    ignored_files: int
+
+
+def find_units(name: str, source: SourceConfig, config: DataConfig, say: Say) -> Listing:
+    """The listing of a source, kept in `config.cache_dir`. Remote places are looked at once: remove the
+    listing's file to look again. Raises ConfigError where there is no text."""
+    place = (source.files, source.dataset, source.subset, source.split, source.revision)
+    path = Path(config.cache_dir).expanduser() / "listings"
+    path /= f"{hashed(place, source.text_column, config.max_bytes, UNIT_BYTES, ROW_GROUPS_BYTES)}.json"
+    kept, files = read_listing(path)
+    if kept and any(unit.remote for unit in kept.units):
+        return kept
+    try:
+        listing, files = look(name, source, config, files, say)
+    except NotFound as error:
+        if kept is None:
+            raise
+        say(f"{error}; going on with the shards that were made of it")
+        return kept
+    if kept is None or kept.units != listing.units:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with sealed(path) as file:
+            file.write(
+                json.dumps({**asdict(listing), "files": [asdict(f) for f in files]}, indent=1).encode()
+            )
+    return listing
+
+
+class NotFound(ConfigError):
+    """A local source is not where it is said to be."""
+
+
+def read_listing(path: Path) -> tuple[Listing | None, list[File]]:
+    try:
+        kept = json.loads(path.read_text())
+        units = [Unit.from_dict(fields) for fields in kept["units"]]
+        files = [File(**fields) for fields in kept["files"]]
+        return Listing(units, kept["source_bytes"], kept["ignored_files"]), files
+    except (OSError, ValueError, TypeError, KeyError):
+        return None, []
+
+
+def look(
+    name: str, source: SourceConfig, config: DataConfig, known: list[File], say: Say
+) -> tuple[Listing, list[File]]:
+    """The source as it is now. `known` files are not hashed again while size and time are the same."""
+    if source.dataset:
+        files, builder, ignored = hub_files(name, source, config, say)
     else:
-        named, builder, ignored = files_under(os.path.expanduser(config.path))
-    sizes = {name: os.path.getsize(path) for name, path in named.items()}
-    named = {name: path for name, path in sorted(named.items()) if sizes[name]}
-    if not named:
-        raise ConfigError(f"data.path: every file in {config.path} is empty; add text")
-    found = {"source_bytes": sum(sizes.values()), "ignored_files": ignored}
+        paths, builder, ignored = files_of(name, source)
+        files = [*local_files(paths, known), *remote_files(paths, config, say)]
+    files = sorted((file for file in files if file.size), key=lambda file: file.name)
+    if not files:
+        raise ConfigError(f"{key_of(name)}: every file is empty; add text")
+    found = {"source_bytes": sum(file.size for file in files), "ignored_files": ignored}
 
-    limits: dict[str, int | None] = dict.fromkeys(named)
+    limits: dict[str, int | None] = {}
+    chosen = files
     if config.max_bytes is not None and builder == "text":
-        named = fitting(named, sizes, config.max_bytes)
+        chosen = fitting(files, config.max_bytes)
     elif config.max_bytes is not None:  # every file gives its share, whatever its compression
         share = config.max_bytes / found["source_bytes"]
-        limits = {name: max(1, int(share * sizes[name])) for name in named}
-
+        limits = {file.name: max(1, int(share * file.size)) for file in files}
+    column = "text" if builder == "text" else source.text_column
     units = []
-    column = "text" if builder == "text" else config.text_column
-    for names in grouped(list(named), sizes, UNIT_BYTES if builder == "text" else 0):
-        contents = [(name, sizes[name], checksum(named[name])) for name in names]
-        fingerprint = hashed("unit", contents, builder, column, limits[names[0]], DOCUMENT_CHARACTERS)
-        files = tuple(named[name] for name in names)
-        units.append(
-            Unit(files, builder, column, sum(sizes[n] for n in names), limits[names[0]], fingerprint)
+    for group in grouped(chosen, UNIT_BYTES if builder == "text" else 0):
+        for rows, part in pieces_of(group, builder, column, config, say):
+            limit = limits.get(group[0].name)
+            limit = None if limit is None else max(1, int(limit * part))
+            contents = [(file.name, file.size, file.version) for file in group]
+            size = int(sum(file.size for file in group) * part)
+            versions = tuple((file.size, file.version) for file in group if is_url(file.path))
+            units.append(
+                Unit(
+                    tuple(file.path for file in group),
+                    builder,
+                    column,
+                    size,
+                    limit,
+                    rows,
+                    versions,
+                    hashed("unit", contents, builder, column, limit, rows),
+                )
+            )
+    return Listing(sorted(units, key=lambda unit: unit.fingerprint), **found), files
+
+
+def key_of(name: str) -> str:
+    """How a source is called in messages."""
+    return "data.path" if name == "text" else f"data.sources.{name}"
+
+
+def files_of(name: str, source: SourceConfig) -> tuple[dict[str, str], str, int]:
+    """{name: path or URL} of a source's files, the `datasets` builder that reads them, and the number of
+    files of unknown kind."""
+    found: dict[str, str] = {}
+    for number, pattern in enumerate(source.files):
+        label = f"{number}/" if len(source.files) > 1 else ""
+        found |= {label + at: path for at, path in matches(name, pattern).items()}
+    known = {at: path for at, path in found.items() if builder_of(at)}
+    if not known:
+        endings = " ".join(BUILDER)
+        raise ConfigError(
+            f"{key_of(name)}: no file to read in {' '.join(source.files)}; known endings are {endings}"
         )
-    return units, found
+    examples = {builder_of(at): at for at in sorted(known, reverse=True)}
+    if len(examples) > 1:
+        kinds = " and ".join(f"{kind} ({at})" for kind, at in sorted(examples.items()))
+        raise ConfigError(
+            f"{key_of(name)}: {' '.join(source.files)} mixes {kinds} files; give files of one kind"
+        )
+    return known, next(iter(examples)), len(found) - len(known)
+
+
+def matches(name: str, pattern: str) -> dict[str, str]:
+    """{name: path or URL} for one entry of `files`."""
+    if pattern == BUILTIN:
+        return python_files()
+    if "://" in pattern:
+        if not is_url(pattern):
+            raise ConfigError(f"{key_of(name)}: {pattern} is neither a file nor an http(s) URL")
+        return {url.partition("://")[2]: url for url in braces(pattern)}
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        return walk(pattern)
+    if os.path.isfile(pattern):
+        return {os.path.basename(pattern): os.path.abspath(pattern)}
+    paths = [os.path.abspath(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
+    if not paths:
+        raise NotFound(f"{key_of(name)}: {pattern} does not exist")
+    root = os.path.abspath(os.path.dirname(pattern.partition("*")[0].partition("?")[0].partition("[")[0]))
+    return {os.path.relpath(path, root).replace(os.sep, "/"): path for path in paths}
+
+
+def braces(pattern: str) -> list[str]:
+    """A URL with ranges such as {000..013} as all the URLs it stands for."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
+    return [url for n in numbers for url in braces(pattern[: found.start()] + n + pattern[found.end() :])]
 
 
 def python_files() -> dict[str, str]:
@@ -91,28 +246,14 @@ def python_files() -> dict[str, str]:
     }
 
 
-def files_under(path: str) -> tuple[dict[str, str], str, int]:
-    """{name: path} of a person's folder or file, the `datasets` builder that reads them, and the number of
-    files of unknown kind."""
-    if not os.path.exists(path):
-        raise ConfigError(f"data.path: {path} does not exist")
-    found = walk(path) if os.path.isdir(path) else {os.path.basename(path): path}
-    known = {name: path for name, path in found.items() if builder_of(name)}
-    if not known:
-        raise ConfigError(f"data.path: no file to read in {path}; known endings are {' '.join(BUILDER)}")
-    examples = {builder_of(name): name for name in sorted(known, reverse=True)}
-    if len(examples) > 1:
-        kinds = " and ".join(f"{kind} ({name})" for kind, name in sorted(examples.items()))
-        raise ConfigError(
-            f"data.path: {path} mixes {kinds} files; point to a folder of one kind, or to one file"
-        )
-    return known, next(iter(examples)), len(found) - len(known)
-
-
 def walk(root: str) -> dict[str, str]:
     """{path below root: path} of every file, without hidden ones and without installed packages."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}; mend its permissions")
+
     files = {}
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(os.path.abspath(root), onerror=refuse):
         subfolders[:] = [s for s in subfolders if s[0] != "." and s not in ("site-packages", "dist-packages")]
         for name in names:
             path = os.path.join(folder, name)
@@ -123,29 +264,97 @@ def walk(root: str) -> dict[str, str]:
 
 def builder_of(name: str) -> str:
     """The `datasets` builder for a file of this name; empty for an unknown ending."""
-    return next((builder for suffix, builder in BUILDER.items() if name.lower().endswith(suffix)), "")
+    name = name.lower().partition("?")[0]
+    for ending, builder in BUILDER.items():
+        if name.endswith(tuple(ending + packing for packing in PACKED if not packing or builder == "json")):
+            return builder
+    return ""
 
 
-def fitting(named: dict[str, str], sizes: dict[str, int], most: int) -> dict[str, str]:
+def local_files(paths: dict[str, str], known: list[File]) -> Iterator[File]:
+    before = {(file.path, file.size, file.changed): file.version for file in known}
+    for name, path in paths.items():
+        if "://" not in path:
+            state = os.stat(path)
+            same = before.get((path, state.st_size, state.st_mtime_ns))
+            yield File(name, path, state.st_size, same or checksum(path), state.st_mtime_ns)
+
+
+def remote_files(paths: dict[str, str], config: DataConfig, say: Say) -> Iterator[File]:
+    """Every URL with its size and version, asked for a few at a time."""
+
+    def ask(item: tuple[str, str]) -> File:
+        name, url = item
+        found = patiently(lambda: describe(url), what=url, minutes=config.patience_minutes, say=say)
+        return File(name, url, found.size, found.version)
+
+    urls = [(name, path) for name, path in paths.items() if "://" in path]
+    if urls:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(ask, urls)
+
+
+def hub_files(name: str, source: SourceConfig, config: DataConfig, say: Say) -> tuple[list[File], str, int]:
+    """The files of a hub dataset at the revision that it has now; their URLs hold it."""
+    where = f"{key_of(name)}.dataset: {source.dataset}"
+
+    def resolve() -> tuple[list[str], str]:
+        builder = datasets.load_dataset_builder(str(source.dataset), source.subset, revision=source.revision)
+        data_files = builder.config.data_files or {}
+        if source.split not in data_files:
+            splits = ", ".join(map(str, data_files)) or "none"
+            raise ConfigError(f"{key_of(name)}.split: {source.split!r} is not a split; it has {splits}")
+        return list(data_files[source.split]), type(builder).__module__.rpartition(".")[2]
+
+    try:
+        urls, builder = patiently(resolve, what=where, minutes=config.patience_minutes, say=say)
+    except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:  # no such subset, or gated
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    if builder not in set(BUILDER.values()):
+        raise ConfigError(
+            f"{where}: its files are of kind {builder}; use one of text, JSONL, Parquet or Arrow"
+        )
+    system = fsspec.filesystem("hf")
+    sizes = patiently(
+        lambda: [system.info(url)["size"] for url in urls],
+        what=where,
+        minutes=config.patience_minutes,
+        say=say,
+    )
+    names = [re.sub(r"^hf://(?:\w+/)?", "", url) for url in urls]
+    return [File(at, url, size, "") for at, url, size in zip(names, urls, sizes, strict=True)], builder, 0
+
+
+def open_file(file: File, config: DataConfig, say: Say) -> Any:
+    """A file for reading bytes, wherever it lies."""
+    if is_url(file.path):
+        known = {file.path: RemoteFile(file.size, file.version)}
+        return opened(file.path, minutes=config.patience_minutes, say=say, known=known)
+    return fsspec.open(file.path, "rb").open()
+
+
+def fitting(files: list[File], most: int) -> list[File]:
     """The files that fit into `most` bytes, taken in the order of a hash of their names: a fair sample that
     grows, never changes, with `most`. At least one file."""
     chosen: set[str] = set()
     used = 0
-    for name in sorted(named, key=hashed):
-        used += sizes[name]
+    for file in sorted(files, key=lambda file: hashed(file.name)):
+        used += file.size
         if chosen and used > most:
             break
-        chosen.add(name)
-    return {name: path for name, path in named.items() if name in chosen}
+        chosen.add(file.name)
+    return [file for file in files if file.name in chosen]
 
 
-def grouped(names: list[str], sizes: dict[str, int], target: int) -> Iterator[list[str]]:
-    """Consecutive names in groups of `target` bytes or a little more."""
-    group: list[str] = []
+def grouped(files: list[File], target: int) -> Iterator[list[File]]:
+    """Consecutive files in groups of `target` bytes or a little more."""
+    group: list[File] = []
     held = 0
-    for name in names:
-        group.append(name)
-        held += sizes[name]
+    for file in files:
+        group.append(file)
+        held += file.size
         if held >= target:
             yield group
             group, held = [], 0
@@ -153,95 +362,33 @@ def grouped(names: list[str], sizes: dict[str, int], target: int) -> Iterator[li
         yield group
 
 
-def read(unit: Unit) -> Iterator[list[str]]:
-    """The unit's documents in order, in batches of about BATCH_CHARACTERS. Empty documents are left out;
-    bytes that are not UTF-8 become U+FFFD. A file that cannot be read is a ConfigError that names it."""
-    left = unit.limit
-    batch: list[str] = []
-    size = 0
-    for document in documents(unit):
-        if left is not None:
-            left -= len(document.encode())
-            if left < 0:
-                break
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def pieces_of(
+    group: list[File], builder: str, column: str, config: DataConfig, say: Say
+) -> list[tuple[tuple[int, int] | None, float]]:
+    """The units that files make up: ranges of row groups of a large Parquet file, else everything; with the
+    share of the files' bytes."""
+    file = group[0]
+    if builder != "parquet" or file.size < ROW_GROUPS_BYTES // 4:
+        return [(None, 1.0)]
 
+    def footer() -> list[int]:
+        with open_file(file, config, say) as content:
+            found = pq.ParquetFile(content).metadata
+            at = found.schema.names.index(column) if column in found.schema.names else 0
+            groups = (found.row_group(i) for i in range(found.num_row_groups))
+            return [max(1, g.column(at).total_uncompressed_size) for g in groups]
 
-def documents(unit: Unit) -> Iterator[str]:
-    for table in tables(unit):
-        column = table[unit.column]
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            if pa.types.is_null(column.type):
-                continue
-            raise ConfigError(
-                f"data.text_column: {unit.column!r} of {unit.files[0]} holds {column.type}, not text"
-            )
-        for text in filter(None, column.to_pylist()):
-            yield from cut(text) if unit.builder == "text" else (text,)
-
-
-def cut(text: str) -> Iterator[str]:
-    """A text in pieces of at most DOCUMENT_CHARACTERS, cut after a line end where there is one."""
-    start = 0
-    while len(text) - start > DOCUMENT_CHARACTERS:
-        stop = text.rfind("\n", start, start + DOCUMENT_CHARACTERS) + 1 or start + DOCUMENT_CHARACTERS
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
-def tables(unit: Unit) -> Iterator[pa.Table]:
-    """The unit's rows as Arrow tables, streamed by `datasets`."""
-    options: dict = {"text": {"sample_by": "document", "encoding_errors": "replace"}}.get(unit.builder, {})
-    with tempfile.TemporaryDirectory() as scratch, local_only():  # the library leaves lock files behind
-        try:
-            if unit.builder == "parquet":
-                check_column(unit, pq.read_schema(unit.files[0]).names)
-                options = {"columns": [unit.column]}
-            stream = datasets.load_dataset(
-                unit.builder,
-                data_files=[glob.escape(file) for file in unit.files],
-                split="train",
-                streaming=True,
-                cache_dir=scratch,
-                **options,
-            )
-            for table in stream.with_format("arrow").iter(256):
-                check_column(unit, table.column_names)
-                yield table
-        except StopIteration:  # the library's answer to a file without rows
-            return
-        except (OSError, EOFError, zlib.error, ValueError, RuntimeError, pa.ArrowException) as error:
-            if isinstance(error, ConfigError):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(
-                f"data.path: {unit.files[0]} cannot be read as {unit.builder}: {reason}"
-            ) from error
-
-
-def check_column(unit: Unit, present: list[str]) -> None:
-    if unit.column not in present:
-        names = ", ".join(present)
-        raise ConfigError(
-            f"data.text_column: {unit.column!r} is not a column of {unit.files[0]}; it has {names}"
-        )
-
-
-@contextmanager
-def local_only() -> Iterator[None]:
-    """Stop `datasets` from reporting the use of a local file to the hub, and from printing what we raise."""
-    counts, level = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.logging.get_verbosity()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        datasets.logging.set_verbosity(level)
+        sizes = patiently(footer, what=file.path, minutes=config.patience_minutes, say=say)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file.path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    ranges: list[tuple[tuple[int, int] | None, float]] = []
+    first, held = 0, 0
+    for at, size in enumerate(sizes):
+        held += size
+        if held >= ROW_GROUPS_BYTES or at == len(sizes) - 1:
+            ranges.append(((first, at + 1), held / sum(sizes)))
+            first, held = at + 1, 0
+    return ranges if len(ranges) > 1 else [(None, 1.0)]

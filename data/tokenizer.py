@@ -49,11 +49,13 @@ class Tokenizer:
     document is encoded as the characters it is made of. The engines are built at first use, so that a run
     whose shards are ready does not pay for them.
 
-    Attributes: vocab_size (largest id + 1), bos_id, eos_id, fim (FimIds or None), fingerprint.
+    Attributes: path, vocab_size (largest id + 1), bos_id, eos_id, fim (FimIds or None), fingerprint.
     """
 
-    def __init__(self, path: Path, *, fast_v4: bool = False):
-        """`fast_v4`: the file is DeepSeek-V4's, which `tiktoken` encodes several times faster."""
+    def __init__(self, path: Path, *, fast_v4: bool = False, threads: int | None = None):
+        """`fast_v4`: the file is DeepSeek-V4's, which `tiktoken` encodes several times faster. `threads` of
+        that engine; None takes one for each core."""
+        self.path, self.fast_v4, self._threads = path, fast_v4, threads
         try:
             self._spec = json.loads(path.read_bytes())
             vocabulary = self._spec["model"]["vocab"]
@@ -77,7 +79,6 @@ class Tokenizer:
         marks = next((names for names in FIM if all(name in added for name in names)), None)
         self.fim = FimIds(*(added[name] for name in marks)) if marks else None
         self.fingerprint = checksum(path)
-        self._fast_v4 = fast_v4
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids (uint32) of every text, without marks, on every core."""
@@ -98,7 +99,7 @@ class Tokenizer:
     @cached_property
     def _encode(self) -> Encode:
         plain = plain_encoder(self._spec)
-        return fast_encoder(self._spec, plain) or plain if self._fast_v4 else plain
+        return fast_encoder(self._spec, plain, self._threads) or plain if self.fast_v4 else plain
 
 
 def open_tokenizer(config: TokenizerConfig, cache_dir: Path, source: str, texts: Iterator[str]) -> Tokenizer:
@@ -180,7 +181,7 @@ LONG_RUN = re.compile(
 )  # blanks or controls at this length exhaust the stack of tiktoken's matcher
 
 
-def fast_encoder(spec: dict, plain: Encode) -> Encode | None:
+def fast_encoder(spec: dict, plain: Encode, threads: int | None = None) -> Encode | None:
     """The `tiktoken` engine with DeepSeek-V4's ranks, or None with a warning where it is missing or does not
     give the ids of `plain` on a sample of difficult strings."""
     if importlib.util.find_spec("tiktoken") is None:
@@ -198,17 +199,22 @@ def fast_encoder(spec: dict, plain: Encode) -> Encode | None:
             "tiktoken's ids differ from those of tokenizers: using tokenizers, which is slower", stacklevel=2
         )
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or cores()
 
     def encode(texts: list[str]) -> list[list[int]]:
         slow = [LONG_RUN.search(text) is not None for text in texts]
         fast_ids = iter(
-            engine.encode_ordinary_batch(list(compress(texts, map(not_, slow))), num_threads=cores)
+            engine.encode_ordinary_batch(list(compress(texts, map(not_, slow))), num_threads=threads)
         )
         slow_ids = iter(plain(list(compress(texts, slow))))
         return [next(slow_ids if s else fast_ids) for s in slow]
 
     return encode
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -12,6 +13,7 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from optim.config import OptimConfig
 from optim.schedule import decay_start
+from train.phases import Phase, PhaseConfig, Timeline
 
 AttentionMode = Literal["sparse", "dense"]
 DEEPSEEK_V4_IDS = 129_280  # of the released tokenizer, added tokens included
@@ -184,6 +186,7 @@ class RunConfig:
     """Everything that defines a run; `configs.compose.compose` is what makes one.
 
     resume   "auto" (the newest checkpoint of this run, if there is one), a checkpoint folder, or None
+    phases   by name, in order: parts of the run with their own lengths, batches and mixture; none: one phase
 
     Raises ConfigError when parts contradict each other: every such line names the key to change.
     """
@@ -197,9 +200,12 @@ class RunConfig:
     resume: str | None = None
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._check_lengths()
+        for phase in self.timeline:
+            self._check_lengths(phase)
+            self._check_weights(phase)
         self._check_vocabulary()
         decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
@@ -214,18 +220,43 @@ class RunConfig:
         """The ZeRO stage for so many ranks."""
         return self.parallel.zero_stage or (1 if world == 1 else 2)
 
-    def _check_lengths(self) -> None:
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The phases of the run; one without a name where none are configured."""
+        train = self.train
+        return Timeline(
+            self.phases,
+            steps=train.steps,
+            seq_len=train.seq_len,
+            batch_tokens=train.batch_tokens,
+            micro_batch=train.micro_batch,
+        )
+
+    def during(self, phase: Phase) -> RunConfig:
+        """This configuration with a phase's values under `train`."""
+        own = {key: getattr(phase, key) for key in ("seq_len", "batch_tokens", "micro_batch")}
+        return replace(self, train=replace(self.train, **own), phases={})
+
+    def _check_weights(self, phase: Phase) -> None:
+        if unknown := set(phase.weights) - set(self.data.chosen() if phase.weights else ()):
+            names = ", ".join(self.data.chosen())
+            raise ConfigError(
+                f"phases.{phase.name}.weights: there is no source {min(unknown)!r}; there are {names}"
+            )
+
+    def _check_lengths(self, phase: Phase) -> None:
         """Positions, compression windows and prediction depth must fit into a sequence."""
-        seq_len, model = self.train.seq_len, self.model
+        seq_len, model = phase.seq_len, self.model
+        key = f"phases.{phase.name}.seq_len" if phase.name else "train.seq_len"
         limit = model.max_position_embeddings
         rule = f"at most model.max_position_embeddings = {limit}"
-        _require(seq_len <= limit, "train.seq_len", seq_len, rule)
+        _require(seq_len <= limit, key, seq_len, rule)
         for kind in sorted(set(model.layer_types) & set(model.compress_rates)):
             rate = model.compress_rates[kind]
             rule = f"at least model.compress_rates.{kind} = {rate}, or these layers never compress anything"
-            _require(seq_len >= rate, "train.seq_len", seq_len, rule)
+            _require(seq_len >= rate, key, seq_len, rule)
         depth = model.num_nextn_predict_layers
-        rule = f"less than train.seq_len - 1 = {seq_len - 1}"
+        rule = f"less than {key} - 1 = {seq_len - 1}"
         _require(depth < seq_len - 1, "model.num_nextn_predict_layers", depth, rule)
 
     def _check_vocabulary(self) -> None:

@@ -39,7 +39,7 @@ def train_step(
     sums = torch.zeros(len(counts), dtype=torch.float64, device=ranks.device)
     micros = list(micro_batches(batch, config.train.micro_batch))
     for number, micro in enumerate(micros, start=1):
-        micro = {name: x.to(ranks.device) for name, x in micro.items()}
+        micro = {name: x.to(ranks.device, non_blocking=True) for name, x in micro.items()}
         with timer("forward"):
             output = engine(micro, mode=config.attention_mode)
             parts = {part: output.losses[part][0] / count for part, count in counts.items()}
@@ -112,20 +112,22 @@ def train(config: RunConfig) -> float:
 
 def advance(run: Run) -> None:
     """One step with everything around it: data, log, validation, checkpoint."""
-    config, train = run.config, run.config.train
+    train, timeline = run.config.train, run.config.timeline
+    config = run.config.during(timeline.at(run.step))
     timer = Timer(run.ranks.device)
     with timer("data"):
-        batch = run.data.train.batch(train.batch_tokens // train.seq_len)
+        batch = run.data.train.batch()
     logged = train_step(run.engine, batch, config, run.step, run.ranks, timer)
     timing = timer.stop()
     run.step += 1
-    flops = training_flops_per_token(config.model, train.seq_len, config.attention_mode, False).total
-    timing["tokens_per_s"] = train.batch_tokens / timing["seconds/step"]
+    tokens = timeline.tokens(run.step)
+    flops = training_flops_per_token(config.model, config.train.seq_len, config.attention_mode, False).total
+    timing["tokens_per_s"] = (tokens - timeline.tokens(run.step - 1)) / timing["seconds/step"]
     if peak := peak_flops(run.ranks.device):
         timing["mfu"] = flops * timing["tokens_per_s"] / (peak * run.ranks.world)
     if run.step % train.log_every == 0:
         timing |= memory(run.ranks.device)
-    run.log({"step": run.step, "tokens": run.step * train.batch_tokens, **logged}, timing)
+    run.log({"step": run.step, "tokens": tokens, **logged}, timing)
     if not all(math.isfinite(value) for value in logged.values()):
         last = run.saved()
         remedy = f"go on from {last}" if last else "start again"

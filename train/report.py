@@ -65,11 +65,15 @@ class Report:
             f" {count.active / 1e6:,.1f}M active per token, {config.model.num_hidden_layers} layers"
             f" on {device}, {config.precision.compute_dtype}"
         )
+        missing = summary["shards"] - summary["shards_ready"]
+        waiting = f" ({missing} of {summary['shards']} shards to come)" if missing else ""
         self.console.print(
             f"data    {summary['tokens']:,} tokens in {summary['documents']:,} documents,"
-            f" {summary['bytes'] / 1e6:,.1f} of {summary['source_bytes'] / 1e6:,.1f} MB,"
+            f" {summary['bytes'] / 1e6:,.1f} of {summary['source_bytes'] / 1e6:,.1f} MB{waiting},"
             f" ready in {summary['seconds']:.1f} s"
         )
+        if config.phases:
+            self.console.print(phase_table(config))
         self.console.print(
             f"run     {config.train.steps} steps of {config.train.batch_tokens:,} tokens into {folder}\n"
         )
@@ -142,3 +146,17 @@ class Report:
 
     def _line(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True)
+
+
+def phase_table(config: RunConfig) -> Table:
+    """The timeline of a run."""
+    table = Table(
+        "phase", "steps", "sequence", "batch", "micro-batch", "tokens", title="phases", title_justify="left"
+    )
+    timeline = config.timeline
+    for phase in timeline:
+        ramp = f"{phase.ramp_from:,} to " if phase.ramp_from != phase.batch_tokens else ""
+        tokens = timeline.tokens(phase.stop) - timeline.tokens(phase.first)
+        steps, batch = f"{phase.first + 1} to {phase.stop}", f"{ramp}{phase.batch_tokens:,}"
+        table.add_row(phase.name, steps, f"{phase.seq_len:,}", batch, str(phase.micro_batch), f"{tokens:,}")
+    return table

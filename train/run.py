@@ -16,7 +16,8 @@ from torch import Tensor
 
 from configs.compose import differences, to_yaml
 from configs.errors import ConfigError
-from data.loader import Data, open_data
+from data.config import Shape
+from data.opening import Data, open_data
 from model.flops import count_parameters
 from model.hf import save_pretrained
 from model.init import initialize
@@ -63,9 +64,9 @@ class Run:
             self.tracker.log(self.step, logged | timing)
 
     def validate(self) -> None:
-        train = self.config.train
-        sequences = max(1, train.eval_tokens // train.seq_len)
-        batches = self.data.valid.one_pass(train.micro_batch * self.ranks.world, sequences)
+        phase = self.config.timeline.at(max(0, self.step - 1))
+        sequences = max(1, self.config.train.eval_tokens // phase.seq_len)
+        batches = self.data.valid.one_pass(phase.micro_batch * self.ranks.world, phase.seq_len, sequences)
         found = evaluate(
             self.engine,
             batches,
@@ -162,6 +163,7 @@ class Run:
 
     def close(self, exit_code: int) -> None:
         """End what runs beside the training."""
+        self.data.close()
         self.tracker.close(exit_code)
 
 
@@ -172,12 +174,15 @@ def open_run(config: RunConfig) -> Run:
     report = Report(config.train, quiet=not ranks.first)
     found = ranks.together(lambda: _place(config, report), only_first=True)
     folder, resumed = ranks.share(found)
-    memory = predict(config, ranks.world, bucket_bytes(config, ranks))
+    phases = [
+        predict(config.during(phase), ranks.world, bucket_bytes(config, ranks)) for phase in config.timeline
+    ]
+    memory = max(phases, key=lambda memory: memory.total)
     available = _available(ranks.device)
     ranks.together(
         lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
     )
-    data = ranks.together(lambda: _open_data(config, ranks))
+    data = ranks.together(lambda: _open_data(config, ranks, report))
     torch.manual_seed(config.train.seed + ranks.rank)  # today nothing draws from it, and a change might
     engine = build_engine(config, ranks)
     manifest: dict[str, Any] = {}
@@ -211,7 +216,7 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
 
 
 def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
-    sequences = config.train.batch_tokens // config.train.seq_len
+    sequences = min(phase.sequences(phase.first) for phase in config.timeline)
     if ranks.world > 1 and config.parallel.engine == "torch":
         raise ConfigError(
             "parallel.engine is torch, which is for one process; use parallel=zero under torchrun"
@@ -232,14 +237,21 @@ def _place(config: RunConfig, report: Report) -> tuple[Path, Path | None]:
     return folder, resumed
 
 
-def _open_data(config: RunConfig, ranks: Ranks) -> Data:
+def _open_data(config: RunConfig, ranks: Ranks, report: Report) -> Data:
+    def shape(step: int) -> Shape:
+        phase = config.timeline.at(step)
+        return Shape(phase.sequences(step), phase.seq_len, phase.weights or None)
+
+    builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
     data = open_data(
         config.data,
-        seq_len=config.train.seq_len,
+        shape,
         mtp_depth=config.model.num_nextn_predict_layers,
         seed=config.train.seed,
         rank=ranks.rank,
         world=ranks.world,
+        builder=builder,
+        say=report.warn if ranks.first else None,
     )
     ends, marks = config.model.eos_token_id, data.tokenizer.eos_id
     if ends != marks:
@@ -256,7 +268,8 @@ def _restore(
         key = line.partition(":")[0]
         if key.startswith("model.") and key not in LOSS_WEIGHTS:
             raise ConfigError(f"resume: the checkpoint is of another model ({line}); restore that key")
-    if manifest["tokenizer"] != data.tokenizer.fingerprint:
+    same_tokenizer = manifest["tokenizer"] == data.tokenizer.fingerprint
+    if not same_tokenizer and not (manifest["data"] and config.data.on_change == "restart"):
         raise ConfigError(f"data.tokenizer: is another one than in {folder}/tokenizer.json; restore its keys")
     if manifest["data"]:  # imported weights have seen no data
         data.train.load_state_dict(manifest["data"])

@@ -45,6 +45,8 @@ and what the command line says comes last. Every key in those files can be set i
 Examples:
   python -m train train.steps=50 optim.warmup_steps=5       a shorter run
   python -m train data.path=texts train.seed=1              your own text: a folder, JSONL or Parquet
+  python -m train data.sources.mine.files=[texts]           as one more source of a mixture
+  python -m train phases=lengths                            longer sequences and larger batches as it goes on
   python -m train experiment=nano train.micro_batch=2       a larger model on a GPU, with less memory
   python -m train run.name=first resume=auto                go on where the run `first` stopped
   python -m train -m optim=muon,adamw train.seed=0,1        a sweep: every combination, one run each
@@ -131,15 +133,16 @@ def help_text() -> str:
 
 
 def _described_keys() -> Iterator[tuple[str, str]]:
-    """Yield every key of train.yaml that a comment explains, with that comment."""
-    section = ""
-    for line in (CONFIG_DIR / "train.yaml").read_text().splitlines():
-        code, _, meaning = line.partition("  # ")
-        name, colon, _ = code.strip().partition(":")
-        if not line.startswith(" "):
-            section = name
-        if colon and meaning and section != "hydra":
-            yield (name if name == section else f"{section}.{name}"), meaning
+    """Yield every key of train.yaml and of data/python.yaml that a comment explains, with that comment."""
+    for file, above in (("train.yaml", ""), ("data/python.yaml", "data.")):
+        section = ""
+        for line in (CONFIG_DIR / file).read_text().splitlines():
+            code, _, meaning = line.partition("  # ")
+            name, colon, _ = code.strip().partition(":")
+            if not line.startswith(" "):
+                section = name
+            if colon and meaning and section != "hydra":
+                yield above + (name if name == section else f"{section}.{name}"), meaning.strip()
 
 
 def differences(saved: str, config: RunConfig) -> list[str]:

@@ -10,6 +10,7 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -116,18 +118,33 @@ def pooled(tasks: Tasks, maker: Maker, workers: int, whole: bool, block: bool) -
             while left or waiting:
                 while left and len(waiting) < 2 * workers:
                     path, unit = left.popleft()
-                    waiting[pool.submit(work, path, unit, whole, block)] = path
+                    with uninterrupted():
+                        waiting[pool.submit(work, path, unit, whole, block)] = path
                 ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 tell(maker, news)
                 for future in ended:
                     done[waiting.pop(future)] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in (pool._processes or {}).values():
+        except BaseException as error:
+            for process in list((pool._processes or {}).values()):
                 process.terminate()  # what it was making is a draft, which the next build removes
+            if isinstance(error, BrokenProcessPool):
+                raise ConfigError(
+                    "data.workers: a process that tokenizes was killed, perhaps for want of memory;"
+                    f" set fewer than {workers} and go on with the same command"
+                ) from error
             raise
         tell(maker, news)
     return done
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Processes that are started here leave Ctrl-C to this one, which ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def tell(maker: Maker, news: Queue[str | int]) -> None:
@@ -220,40 +237,57 @@ class Supply:
         self._paths = {unit: path for path, unit in tasks.items()}
         self._builder, self._say = builder, say
         self._note = folder / f"failed-{hashed(*tasks)}"
-        self._began = time.time()
+        if builder:
+            self._note.unlink(missing_ok=True)  # of an earlier try
         self._opened: WeakValueDictionary[Path, Shard] = WeakValueDictionary()
         self._child: subprocess.Popen[str] | None = None
+        self._failure = ""  # of the child
 
     def make_all(self, *, progress: bool) -> None:
         """Make what is missing, before anything else; processes that are no builder wait for it."""
-        if self._builder:
-            with noted(self._note, self._tasks), progress_bar(self._tasks, progress) as advance:
-                make_all(self._tasks, replace(self._maker, advance=advance), self._config.workers)
-        else:
-            for path in self._tasks:
-                self._wait(path)
-
-    def start(self) -> None:
-        """Make what is missing in a process beside this one, which ends with this one."""
         missing = {path: unit for path, unit in self._tasks.items() if read_manifest(path) is None}
+        with progress_bar(missing, progress and self._builder) as advance:
+            if self._builder and worker_count(list(missing.values()), self._config.workers) == 1:
+                with noted(self._note, self._tasks):
+                    make_all(missing, replace(self._maker, advance=advance), 1)
+            else:
+                self.start(advance)
+            for path in missing:
+                self._wait(path, silent=progress)
+
+    def start(self, advance: Advance = ignore) -> None:
+        """Make what is missing in a process beside this one, which ends with this one. The pool is there: a
+        pool starts the running program anew, and a training is too much for each of its workers."""
+        missing = {path.absolute(): unit for path, unit in self._tasks.items() if read_manifest(path) is None}
         if not self._builder or not missing:
             return
-        order = Beside(self._config, missing, self._tokenizer.path, self._tokenizer.fast_v4, self._note)
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "data.prepare", "--beside"],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).resolve().parent.parent,
-        )
+        tokenizer, note = self._tokenizer, self._note.absolute()  # the child works in another folder
+        order = Beside(self._config, missing, tokenizer.path.absolute(), tokenizer.fast_v4, note)
+        with uninterrupted():
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "data.prepare", "--beside"],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).resolve().parent.parent,
+            )
         assert self._child.stdin and self._child.stderr
-        self._child.stdin.write(order.to_json() + "\n")
-        self._child.stdin.flush()  # and it stays open: its end tells the child that this process is gone
-        threading.Thread(target=self._listen, args=(self._child.stderr,), daemon=True).start()
+        with suppress(BrokenPipeError):  # whoever waits notices that it has ended
+            self._child.stdin.write(order.to_json() + "\n")
+            self._child.stdin.flush()  # and it stays open: its end tells the child that this process is gone
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._child.stderr, advance), daemon=True
+        )
+        self._listener.start()
 
-    def _listen(self, lines: Iterator[str]) -> None:
+    def _listen(self, lines: Iterator[str], advance: Advance) -> None:
         for line in lines:
-            if not line.startswith("error: "):  # that is noted, and said by whoever waits
+            kind, _, text = line.rstrip().partition(": ")
+            if kind == "done":
+                advance(int(text))
+            elif kind == "error":
+                self._failure = text  # said by whoever waits
+            else:
                 self._say(line.rstrip())
 
     def close(self) -> None:
@@ -279,13 +313,13 @@ class Supply:
             self._opened[path] = opened
         return opened
 
-    def _wait(self, path: Path) -> None:
+    def _wait(self, path: Path, *, silent: bool = False) -> None:
         """Until a shard is there; says so when that takes long."""
         began, said = time.monotonic(), 0.0
         while read_manifest(path) is None:
-            self._raise_failure(path)
             waited = time.monotonic() - began
-            if waited > PATIENT_SILENCE and waited > 2 * said:
+            self._raise_failure(path, waited)
+            if not silent and waited > PATIENT_SILENCE and waited > 2 * said:
                 said = waited
                 number = list(self._tasks).index(path) + 1
                 self._say(
@@ -293,11 +327,15 @@ class Supply:
                 )
             time.sleep(POLL)
 
-    def _raise_failure(self, path: Path) -> None:
-        if self._note.exists() and self._note.stat().st_mtime > self._began - 1:
+    def _raise_failure(self, path: Path, waited: float) -> None:
+        """If a builder has failed: the child, or another process, whose note may be an old one until it has
+        begun."""
+        code = self._child.poll() if self._child else None
+        if code is not None and read_manifest(path) is None:
+            self._listener.join()
+            raise ConfigError(self._failure or f"the process that tokenizes was killed ({code}); start again")
+        if not self._builder and waited > PATIENT_SILENCE and self._note.exists():
             raise ConfigError(self._note.read_text())
-        if self._child and self._child.poll() is not None and read_manifest(path) is None:
-            raise ConfigError(f"{path}: its builder ended ({self._child.returncode}); go on with resume=auto")
 
     def _mend(self, path: Path) -> None:
         """Make a damaged shard anew."""

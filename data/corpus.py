@@ -74,13 +74,13 @@ class Corpus:
         leave a side of the first group empty. Raises ConfigError when that has fewer than two documents."""
         if self._threshold is None:
             shards = [self._shard(unit) for unit in self.units[: self.group_size]]
-            keys = np.unique(np.concatenate([shard.keys for shard in shards]))
-            if len(keys) < 2:
+            keys = [end for shard in shards if len(shard) for end in (shard.keys.min(), shard.keys.max())]
+            if not keys or min(keys) == max(keys):
                 raise ConfigError(
                     f"{key_of(self.name)}: holds fewer than two different documents; add text to hold out"
                 )
             wanted = np.uint64(int(self.validation_fraction * 2**64))
-            self._threshold = min(max(wanted, keys[0] + np.uint64(1)), keys[-1])
+            self._threshold = min(max(wanted, min(keys) + np.uint64(1)), max(keys))
         return self._threshold
 
     def _judge(self, stop: int) -> None:

@@ -77,8 +77,8 @@ class Loader:
 
     def batch(self) -> Batch:
         """This rank's rows of the next step, as int64 CPU tensors: input_ids, labels, position_ids,
-        document_ids [B, S] and next_ids [B, S, mtp_depth]. B = ceil(sequences / world) on every rank: one with
-        fewer rows gets rows that are all padding. In pinned memory where there is a GPU."""
+        document_ids [B, S] and next_ids [B, S, mtp_depth]. B = ceil(sequences / world) on every rank: one
+        with fewer rows gets rows that are all padding. In pinned memory where there is a GPU."""
         while len(self._ahead) <= AHEAD:
             self._ahead.append(self._worker.submit(self._next))
         try:
@@ -142,10 +142,9 @@ class Loader:
             kept = state["sources"].get(name, {})
             if same_order and all(kept.get(key) == value for key, value in self._identity(stream).items()):
                 cursors[name] = Cursor.from_list(kept["cursor"])
-        position = Position(state["step"], state["g"], state["mixed_from"], state["weights"], cursors)
-        if set(position.weights) != set(self._weights):
-            position = replace(position, mixed_from=position.g, weights=self._weights)
-        self._restart_from(position)
+        self._restart_from(
+            Position(state["step"], state["g"], state["mixed_from"], state["weights"], cursors)
+        )
 
     def _identity(self, stream: Stream) -> dict[str, Any]:
         """What must be the same for a source to go on where it stood."""

@@ -17,7 +17,7 @@ from data.config import DataConfig, Shape, SourceConfig
 from data.corpus import Corpus
 from data.files import hashed
 from data.loader import Loader
-from data.order import Cursor, Stream
+from data.order import Stream
 from data.reading import read
 from data.shards import document_key, read_manifest, shard_path
 from data.sources import Listing, Say, Unit, find_units, key_of
@@ -176,8 +176,7 @@ def open_data(
 
     if not beside:  # what has no document fails here rather than at the first batch
         for stream in (*streams[False].values(), *streams[True].values()):
-            if stream.corpus.source.weight:
-                stream.at(Cursor(), plan(0).seq_len)
+            stream.check()
     summary = prepared.summary() | {"seconds": time.perf_counter() - began}
     return Data(prepared.tokenizer, loader(False, seed), loader(True, 0), summary, supply.close)
 

@@ -6,6 +6,7 @@ documents are split, packed and their rows permuted. World size and workers neve
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.sources import key_of
 
 WINDOW_TOKENS = 8_000_000  # documents packed together: more wastes time and memory, fewer waste padding
 WINDOW_ROWS = 1024  # at least this many rows, so that long rows fill as well
+WINDOW_DOCUMENTS = 32_768  # of short ones fewer tokens pack as well
 LARGEST_WINDOW = 256_000_000  # tokens; at a million tokens a row, 1024 rows would take a minute to plan
 SHORTEST_FIM = 16  # tokens; below that nothing is worth rearranging
 BLOCK = 1024  # sequences in which a mixture's shares are exact
@@ -87,12 +89,20 @@ class Stream:
         began = cursor.epoch
         while cursor.taken == len((window := self.window(cursor)).sequences):
             if window.epoch > began + 1:
-                raise ConfigError(
-                    f"{key_of(self.corpus.name)}: no document is left"
-                    f" {'to hold out' if self._held_out else 'to train on'} after filters; widen them"
-                )
+                raise self._empty()
             cursor = Cursor(window.epoch, window.group, window.start, seq_len)
         return cursor
+
+    def check(self) -> None:
+        """Raise ConfigError if the first group, which may be all, has no document."""
+        if self.corpus.source.weight and not len(self.documents(0, 0)):
+            raise self._empty()
+
+    def _empty(self) -> ConfigError:
+        side = "to hold out" if self._held_out else "to train on"
+        return ConfigError(
+            f"{key_of(self.corpus.name)}: no document is left {side} after filters; widen them"
+        )
 
     def window(self, cursor: Cursor) -> Window:
         """The window of a cursor, whatever it has taken."""
@@ -141,9 +151,9 @@ class Stream:
         if not len(documents):
             return 0
         tokens = min(max(WINDOW_TOKENS, WINDOW_ROWS * seq_len), max(LARGEST_WINDOW, seq_len))
-        mean = documents.tokens / len(documents)
+        size = min(WINDOW_DOCUMENTS, tokens * len(documents) / documents.tokens)
         left = len(documents) - start
-        windows = max(1, round(left * mean / tokens))
+        windows = max(1, round(left / size))
         return start + -(-left // windows)
 
     def _fresh(self, documents: Documents, start: int, stop: int, seq_len: int) -> list[Piece]:
@@ -156,8 +166,8 @@ class Stream:
         rearrange &= (lengths >= SHORTEST_FIM) & (lengths + FIM_MARKS <= seq_len)
         cuts = np.sort(draw.integers(0, lengths[:, None], (len(chosen), 2)), axis=1)  # before the end mark
         index, begin, length = split_long(lengths + FIM_MARKS * rearrange, seq_len)
-        fields = zip(chosen[index].tolist(), begin.tolist(), length.tolist(), strict=True)
-        pieces = [Piece(documents, *numbers) for numbers in fields]
+        numbers = (chosen[index].tolist(), begin.tolist(), length.tolist())
+        pieces = list(map(Piece._make, zip(repeat(documents), *numbers, repeat(None))))
         for i in np.flatnonzero(rearrange[index]).tolist():
             a, b = cuts[index[i]].tolist()
             pieces[i] = pieces[i]._replace(cuts=(a, b))

@@ -106,7 +106,7 @@ def beside() -> int:
         print(text, file=sys.stderr, flush=True)
 
     with noted(order.note, order.tasks):
-        maker = Maker(tokenizer, order.config.patience_minutes, say)
+        maker = Maker(tokenizer, order.config.patience_minutes, say, lambda size: say(f"done: {size}"))
         make_all(order.tasks, maker, order.config.workers)
     os._exit(0)
 

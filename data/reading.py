@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -85,7 +86,10 @@ def tables(unit: Unit, minutes: float, say: Say) -> Iterator[pa.Table]:
 
 
 def unreadable(unit: Unit, error: BaseException) -> ConfigError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason, *more = str(error).splitlines() or [type(error).__name__]
+    if missing := re.match(r"No match for FieldRef.*? in (.*)", reason):  # pyarrow's, with its own columns
+        fields = [field.partition(":")[0] for field in (missing[1], *more)]
+        return no_column(unit, [field for field in fields if not field.startswith("__")])
     return ConfigError(f"{unit.files[0]} cannot be read as {unit.builder}: {reason}")
 
 
@@ -116,8 +120,12 @@ def row_groups(
 
 def check_column(unit: Unit, present: list[str]) -> None:
     if unit.column not in present:
-        names = ", ".join(present)
-        raise ConfigError(f"text_column: {unit.column!r} is not a column of {unit.files[0]}; it has {names}")
+        raise no_column(unit, present)
+
+
+def no_column(unit: Unit, present: list[str]) -> ConfigError:
+    names = ", ".join(present)
+    return ConfigError(f"text_column: {unit.column!r} is not a column of {unit.files[0]}; it has {names}")
 
 
 @contextmanager

@@ -443,14 +443,6 @@ class WholeFileSystem(AbstractFileSystem):
         file = self.reading.look(path.removeprefix(PREFIX))
         return {"name": path, "size": file.size, "type": "file", "ETag": file.version}
 
-    def exists(self, path: str, **_) -> bool:
-        return bool(self.info(path))  # or a ConfigError; the inherited methods take any error for an answer
-
-    isfile = exists
-
-    def isdir(self, path: str) -> bool:
-        return False
-
     def glob(self, path: str, maxdepth: int | None = None, detail: bool = False, **_) -> dict | list:
         return {path: self.info(path)} if detail else [path]  # an address is one file, whatever it holds
 

@@ -58,8 +58,12 @@ def shard_path(unit: Unit, tokenizer: Tokenizer, folder: Path) -> Path:
 def read_manifest(path: Path, *, whole: bool = False) -> Manifest | None:
     """The manifest of a shard that is there, else None. With `whole` its file's checksum is verified, too."""
     try:
-        manifest = Manifest(**json.loads(path.with_suffix(".json").read_text()))
+        fields = dict(json.loads(path.with_suffix(".json").read_text()))
+        seal = fields.pop("seal", "")
+        manifest = Manifest(**fields)
     except (OSError, ValueError, TypeError):
+        return None
+    if seal != hashed(fields):
         return None
     good = checksum(path) == manifest.checksum if whole and path.exists() else path.exists()
     return manifest if good else None
@@ -100,7 +104,7 @@ def build(
             )
     manifest = Manifest(count, tokens, size, index.checksum(), checksum(path), list(unit.files))
     with sealed(path.with_suffix(".json")) as file:
-        file.write(json.dumps(asdict(manifest)).encode())
+        file.write(json.dumps(asdict(manifest) | {"seal": hashed(asdict(manifest))}).encode())
 
 
 def record_batch(ids: list[np.ndarray], keys: list[int]) -> pa.RecordBatch:
@@ -146,19 +150,27 @@ class Shard:
         self.manifest = manifest
         try:
             batches = Dataset.from_file(str(self.path)).data.to_batches() if manifest.documents else []
-        except (OSError, ValueError, pa.ArrowException) as error:
+            index = self._view(batches)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise Damaged(f"{self.path}: {str(error).splitlines()[0]}") from error
+        if index != manifest.index:
+            raise Damaged(f"{self.path}: its index is damaged")
+
+    def _view(self, batches: list[pa.RecordBatch]) -> str:
+        """Take views of all columns; the checksum of their index."""
         index = Index()
         for batch in batches:
+            if batch.schema.types != SCHEMA.types:
+                raise ValueError("its schema is damaged")
+            batch.validate()  # that all buffers are as long as they should be: beyond is other memory
             index.add(batch)
-        if index.checksum() != manifest.index:
-            raise Damaged(f"{self.path}: its index is damaged")
         self._offsets = [batch.column(0).offsets.to_numpy() for batch in batches]
         self._values = [batch.column(0).values.to_numpy(zero_copy_only=True) for batch in batches]
         self._keys = [batch.column(1).to_numpy() for batch in batches]
         self._crcs = [batch.column(2).to_numpy() for batch in batches]
         self._first = np.cumsum([0, *map(len, batches)]).tolist()
         self.lengths = joined([np.diff(offsets) for offsets in self._offsets], np.uint32)
+        return index.checksum()
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import json
+import math
 import os
 import re
 import sysconfig
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 from configs.errors import ConfigError
 from data.config import BUILTIN, DataConfig, SourceConfig
 from data.files import checksum, hashed, sealed
-from data.remote import RemoteFile, describe, is_url, opened, patiently
+from data.remote import RemoteFile, describe, is_url, opened, patiently, shown
 
 PROSE = (".txt", ".md", ".rst", ".tex")
 CODE = (".py", ".sh", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".java", ".js", ".ts")
@@ -38,6 +39,7 @@ PACKED = ("", ".gz", ".zst")  # of text and JSONL
 LARGEST_PYTHON_FILE = 200_000  # bytes; larger ones are tables and generated code
 UNIT_BYTES = 8 << 20  # text files of about this size share a shard
 ROW_GROUPS_BYTES = 64 << 20  # uncompressed text of a unit of Parquet row groups
+MANY_FILES = 512  # of more Parquet files each is one unit: their row groups are not looked up
 AT_ONCE = 16  # requests to a server
 
 Say = Callable[[str], None]
@@ -98,17 +100,17 @@ def find_units(name: str, source: SourceConfig, config: DataConfig, say: Say) ->
     place = (source.files, source.dataset, source.subset, source.split, source.revision)
     path = Path(config.cache_dir).expanduser() / "listings"
     path /= f"{hashed(place, source.text_column, config.max_bytes, UNIT_BYTES, ROW_GROUPS_BYTES)}.json"
-    kept, files = read_listing(path)
+    kept, known = read_listing(path)
     if kept and any(unit.remote for unit in kept.units):
         return kept
     try:
-        listing, files = look(name, source, config, files, say)
+        listing, files = look(name, source, config, known, say)
     except NotFound as error:
         if kept is None:
             raise
         say(f"{error}; going on with the shards that were made of it")
         return kept
-    if kept is None or kept.units != listing.units:
+    if (kept, known) != (listing, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         with sealed(path) as file:
             file.write(
@@ -145,35 +147,43 @@ def look(
         raise ConfigError(f"{key_of(name)}: every file is empty; add text")
     found = {"source_bytes": sum(file.size for file in files), "ignored_files": ignored}
 
-    limits: dict[str, int | None] = {}
-    chosen = files
-    if config.max_bytes is not None and builder == "text":
-        chosen = fitting(files, config.max_bytes)
-    elif config.max_bytes is not None:  # every file gives its share, whatever its compression
-        share = config.max_bytes / found["source_bytes"]
-        limits = {file.name: max(1, int(share * file.size)) for file in files}
+    chosen = files if config.max_bytes is None else fitting(files, config.max_bytes)
     column = "text" if builder == "text" else source.text_column
-    units = []
-    for group in grouped(chosen, UNIT_BYTES if builder == "text" else 0):
-        for rows, part in pieces_of(group, builder, column, config, say):
-            limit = limits.get(group[0].name)
-            limit = None if limit is None else max(1, int(limit * part))
-            contents = [(file.name, file.size, file.version) for file in group]
-            size = int(sum(file.size for file in group) * part)
-            versions = tuple((file.size, file.version) for file in group if is_url(file.path))
-            units.append(
-                Unit(
-                    tuple(file.path for file in group),
-                    builder,
-                    column,
-                    size,
-                    limit,
-                    rows,
-                    versions,
-                    hashed("unit", contents, builder, column, limit, rows),
-                )
-            )
+    units = units_of(chosen, builder, column, split=len(files) <= MANY_FILES, config=config, say=say)
     return Listing(sorted(units, key=lambda unit: unit.fingerprint), **found), files
+
+
+def units_of(
+    files: list[File], builder: str, column: str, *, split: bool, config: DataConfig, say: Say
+) -> list[Unit]:
+    """The units of the files; with max_bytes, what they have on disk is the most that is taken of their text,
+    which may be compressed, until all of it is given."""
+    left = math.inf if config.max_bytes is None else config.max_bytes
+    units = []
+    for group in grouped(files, UNIT_BYTES if builder == "text" else 0):
+        for rows, share in (
+            row_group_ranges(group[0], builder, column, config, say) if split else [(None, 1.0)]
+        ):
+            size = max(1, int(share * sum(file.size for file in group)))
+            limit = None if left == math.inf else int(min(left, size))
+            if builder == "text" and len(files) > 1:
+                limit = None  # whole files were chosen
+            left -= size
+            contents = [(file.name, file.size, file.version) for file in group]
+            unit = Unit(
+                files=tuple(file.path for file in group),
+                builder=builder,
+                column=column,
+                size=size,
+                limit=limit,
+                row_groups=rows,
+                known=tuple((file.size, file.version) for file in group if is_url(file.path)),
+                fingerprint=hashed("unit", contents, builder, column, limit, rows),
+            )
+            units.append(unit)
+            if left <= 0:
+                return units
+    return units
 
 
 def key_of(name: str) -> str:
@@ -188,13 +198,13 @@ def files_of(name: str, source: SourceConfig) -> tuple[dict[str, str], str, int]
     for number, pattern in enumerate(source.files):
         label = f"{number}/" if len(source.files) > 1 else ""
         found |= {label + at: path for at, path in matches(name, pattern).items()}
-    known = {at: path for at, path in found.items() if builder_of(at)}
+    known = {at: path for at, path in found.items() if builder_of(path)}
     if not known:
         endings = " ".join(BUILDER)
         raise ConfigError(
             f"{key_of(name)}: no file to read in {' '.join(source.files)}; known endings are {endings}"
         )
-    examples = {builder_of(at): at for at in sorted(known, reverse=True)}
+    examples = {builder_of(known[at]): at for at in sorted(known, reverse=True)}
     if len(examples) > 1:
         kinds = " and ".join(f"{kind} ({at})" for kind, at in sorted(examples.items()))
         raise ConfigError(
@@ -262,9 +272,9 @@ def walk(root: str) -> dict[str, str]:
     return files
 
 
-def builder_of(name: str) -> str:
-    """The `datasets` builder for a file of this name; empty for an unknown ending."""
-    name = name.lower().partition("?")[0]
+def builder_of(path: str) -> str:
+    """The `datasets` builder for a file of this name or URL; empty for an unknown ending."""
+    name = (path.partition("?")[0] if is_url(path) else path).lower()
     for ending, builder in BUILDER.items():
         if name.endswith(tuple(ending + packing for packing in PACKED if not packing or builder == "json")):
             return builder
@@ -285,7 +295,7 @@ def remote_files(paths: dict[str, str], config: DataConfig, say: Say) -> Iterato
 
     def ask(item: tuple[str, str]) -> File:
         name, url = item
-        found = patiently(lambda: describe(url), what=url, minutes=config.patience_minutes, say=say)
+        found = patiently(lambda: describe(url), what=shown(url), minutes=config.patience_minutes, say=say)
         return File(name, url, found.size, found.version)
 
     urls = [(name, path) for name, path in paths.items() if "://" in path]
@@ -362,12 +372,10 @@ def grouped(files: list[File], target: int) -> Iterator[list[File]]:
         yield group
 
 
-def pieces_of(
-    group: list[File], builder: str, column: str, config: DataConfig, say: Say
+def row_group_ranges(
+    file: File, builder: str, column: str, config: DataConfig, say: Say
 ) -> list[tuple[tuple[int, int] | None, float]]:
-    """The units that files make up: ranges of row groups of a large Parquet file, else everything; with the
-    share of the files' bytes."""
-    file = group[0]
+    """Ranges of row groups of a large Parquet file with their shares of its bytes; None: everything."""
     if builder != "parquet" or file.size < ROW_GROUPS_BYTES // 4:
         return [(None, 1.0)]
 

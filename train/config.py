@@ -203,6 +203,7 @@ class RunConfig:
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.data.chosen()
         for phase in self.timeline:
             self._check_lengths(phase)
             self._check_weights(phase)

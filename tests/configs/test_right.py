@@ -16,7 +16,12 @@ from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 V4_VOCABULARY = ["model.vocab_size=129280"]
-NEEDS = {"data=python_v4": V4_VOCABULARY}  # options that need another key to be possible
+NEEDS = {"phases=v4_lengths": ["experiment=nano"]}  # options that need another key to be possible
+NEEDS |= {
+    f"data={path.stem}": V4_VOCABULARY
+    for path in (CONFIG_DIR / "data").glob("*.yaml")
+    if "kind: deepseek_v4" in path.read_text()
+}
 OPTIONS = [f"{group}={option}" for group, options in groups().items() for option in options]
 
 
@@ -26,7 +31,7 @@ def test_every_group_option_composes(option: str) -> None:
 
 
 def test_every_group_has_options() -> None:
-    expected = {"model", "data", "optim", "precision", "parallel", "tracking", "experiment"}
+    expected = {"model", "data", "optim", "precision", "parallel", "phases", "tracking", "experiment"}
     assert set(groups()) == expected
 
 
@@ -95,7 +100,7 @@ def test_train_yaml_explains_every_key_of_train_and_run(capsys: pytest.CaptureFi
 
 def test_examples_of_the_help_are_right(tmp_path: Path) -> None:
     examples = [line.strip() for line in help_text().splitlines() if line.startswith("  python -m train ")]
-    assert len(examples) == 5
+    assert len(examples) == 7
     for example in examples:
         overrides = example.split("  ")[0].split()[3:]
         if overrides[0] != "-m":

@@ -46,6 +46,7 @@ RULES: dict[str, set[str]] = {
     },
     "train/phases.py": {"configs.errors"},
     "launch/": {"packaging", "rich", "launch", "configs", "train.config", "model.config", "model.flops"},
+    "launch/corpus.py": {"pyarrow", "rich"},
     "launch/install_torch.py": set(),  # runs before anything is installed
 }
 

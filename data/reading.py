@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 
 from configs.errors import ConfigError
-from data.remote import RemoteFile, is_transient, is_url, resumed, streamed
+from data.remote import RemoteFile, is_transient, is_url, resumed, single_tries, streamed
 from data.sources import Say, Unit
 
 DOCUMENT_CHARACTERS = 1 << 17  # a longer text file (a book) counts as several documents
@@ -70,7 +70,7 @@ def cut(text: str) -> Iterator[str]:
 
 def tables(unit: Unit, minutes: float, say: Say) -> Iterator[pa.Table]:
     """The unit's rows as Arrow tables."""
-    with tempfile.TemporaryDirectory() as scratch, quietly():  # the library leaves lock files behind
+    with tempfile.TemporaryDirectory() as scratch, quietly(), single_tries():  # scratch: for lock files
         try:
             stream = open_stream(unit, scratch, minutes, say)
             for part in row_groups(stream, unit.row_groups):

@@ -153,6 +153,7 @@ def serve(folder: Path) -> Iterator[Server]:
 class _Listener(ThreadingHTTPServer):
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 64
     block_on_close = False
 
     def handle_error(self, request, client_address) -> None:

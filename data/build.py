@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -122,10 +123,12 @@ def pooled(tasks: Tasks, maker: Maker, workers: int, whole: bool, block: bool) -
                         waiting[pool.submit(work, path, unit, whole, block)] = path
                 ended, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 tell(maker, news)
+                if any(process.exitcode is not None for process in processes_of(pool)):
+                    raise BrokenProcessPool  # it overlooks those that it started last
                 for future in ended:
                     done[waiting.pop(future)] = future.result()
         except BaseException as error:
-            for process in list((pool._processes or {}).values()):
+            for process in processes_of(pool):
                 process.terminate()  # what it was making is a draft, which the next build removes
             if isinstance(error, BrokenProcessPool):
                 raise ConfigError(
@@ -135,6 +138,10 @@ def pooled(tasks: Tasks, maker: Maker, workers: int, whole: bool, block: bool) -
             raise
         tell(maker, news)
     return done
+
+
+def processes_of(pool: ProcessPoolExecutor) -> list[BaseProcess]:
+    return list((pool._processes or {}).values())
 
 
 @contextmanager
@@ -234,7 +241,7 @@ class Supply:
         """One process of a machine is the `builder`; the others wait for what it makes."""
         self._tasks, self._tokenizer, self._config = tasks, tokenizer, config
         self._maker = Maker(tokenizer, config.patience_minutes, say)
-        self._paths = {unit: path for path, unit in tasks.items()}
+        self._paths = {unit.fingerprint: path for path, unit in tasks.items()}
         self._builder, self._say = builder, say
         self._note = folder / f"failed-{hashed(*tasks)}"
         if builder:
@@ -302,7 +309,7 @@ class Supply:
 
     def shard(self, unit: Unit) -> Shard:
         """The shard of a unit, once it is there. Raises ConfigError when it cannot be made."""
-        path = self._paths[unit]
+        path = self._paths[unit.fingerprint]
         if (opened := self._opened.get(path)) is None:
             self._wait(path)
             try:
@@ -343,7 +350,7 @@ class Supply:
         try:
             self._maker.make(path, self._tasks[path], whole=True)
         except (ConfigError, OSError) as error:
-            raise ConfigError(f"{path} is damaged and cannot be made anew: {error}") from error
+            raise Damaged(f"{path} is damaged and cannot be made anew: {error}") from error
 
 
 @contextmanager

@@ -143,8 +143,10 @@ def look(
 
     todo = prepared.tasks
     if config.shuffle_shards is not None:
-        first = {prepared.listings[name].units[0] for name in prepared.sources if not ready(name)}
-        todo = {path: unit for path, unit in todo.items() if unit in first}
+        first = {
+            listing.units[0].fingerprint for name, listing in prepared.listings.items() if not ready(name)
+        }
+        todo = {path: unit for path, unit in todo.items() if unit.fingerprint in first}
     Supply(todo, prepared.tokenizer, config, cache, builder=True, say=say).make_all(progress=progress)
     supply = Supply(prepared.tasks, prepared.tokenizer, config, cache, builder=True, say=say)
 

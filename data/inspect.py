@@ -166,7 +166,7 @@ def quantiles(lengths: np.ndarray) -> list[str]:
 
 def few(number: float) -> str:
     """With two or three digits that say something."""
-    return f"{number:,.2f}" if number >= 0.095 else f"{number:.2g}"
+    return f"{number:,.{0 if number >= 100 else 2}f}" if number >= 0.095 else f"{number:.2g}"
 
 
 def show(found: Findings, console: Console) -> None:
@@ -202,7 +202,7 @@ def bars(held: Holdings) -> Table:
 def bar(share: float) -> str:
     """Of BAR characters for 1, in eighths."""
     whole, eighths = divmod(round(share * BAR * 8), 8)
-    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths]
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def print_sample(number: int, sample: Sample, console: Console) -> None:

@@ -98,33 +98,27 @@ def assemble(
     """A batch (int64) from rows of documents: input_ids, labels, position_ids, document_ids [B, S], next_ids
     [B, S, mtp_depth]. Padding has input id `fill`, document id -1 and no labels; a row may be all padding."""
     shape = (len(rows), seq_len)
-    ids = np.full(shape, fill, np.int64)
-    positions = np.empty(shape, np.int64)
+    ids, labels = np.full(shape, fill, np.int64), np.full(shape, IGNORE, np.int64)
+    following = np.full((*shape, mtp_depth), IGNORE, np.int64)
     documents = np.full(shape, PADDING, np.int64)
+    positions = np.empty(shape, np.int64)
     count = np.arange(seq_len)
     for row, pieces in enumerate(rows):
         at = 0
         for number, piece in enumerate(pieces):
             end = at + len(piece)
             ids[row, at:end] = piece
-            positions[row, at:end] = count[: len(piece)]
+            labels[row, at : end - 1] = piece[1:]
+            for k in range(min(mtp_depth, len(piece) - 2)):
+                following[row, at : end - 2 - k, k] = piece[2 + k :]
             documents[row, at:end] = number
+            positions[row, at:end] = count[: len(piece)]
             at = end
         positions[row, at:] = count[: seq_len - at]
     return {
         "input_ids": ids,
-        "labels": ahead(ids, documents, 1),
+        "labels": labels,
         "position_ids": positions,
         "document_ids": documents,
-        "next_ids": np.stack([ahead(ids, documents, 2 + k) for k in range(mtp_depth)], axis=-1)
-        if mtp_depth
-        else np.empty((*shape, 0), np.int64),
+        "next_ids": following,
     }
-
-
-def ahead(ids: np.ndarray, documents: np.ndarray, distance: int) -> np.ndarray:
-    """The token `distance` later in the same document, else IGNORE, [B, S]."""
-    found = np.full_like(ids, IGNORE)
-    same = (documents[:, :-distance] == documents[:, distance:]) & (documents[:, :-distance] != PADDING)
-    found[:, :-distance] = np.where(same, ids[:, distance:], IGNORE)
-    return found

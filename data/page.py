@@ -236,7 +236,7 @@ def packing_card(packing: Packing) -> str:
     """The first sequences of a window."""
     stage, most = packing.stage, max(1, int(MOST_BOXES / packing.documents))
     phase = f"{stage.name}, " if stage.name else ""
-    about = f"{phase}{stage.seq_len:,} tokens, {packing.efficiency:.2%} of them text"
+    about = f"{phase}{stage.seq_len:,} tokens, {packing.efficiency:.2%} text"
     rows = (row(boxes, stage.seq_len) for boxes in packing.rows[:most])
     return card(f"{escape(packing.source)} <small>{escape(about)}</small>", *rows)
 

@@ -78,9 +78,9 @@ def note(config: DataConfig, prepared: Prepared) -> Path:
 def table(prepared: Prepared) -> Table:
     """Shards, documents, tokens and text by source."""
     found = Table("source", "shards", "documents", "tokens", "MB of text", "bytes a token")
-    paths = {unit: path for path, unit in prepared.tasks.items()}
+    paths = {unit.fingerprint: path for path, unit in prepared.tasks.items()}
     for name, listing in prepared.listings.items():
-        manifests = [m for unit in listing.units if (m := read_manifest(paths[unit]))]
+        manifests = [m for unit in listing.units if (m := read_manifest(paths[unit.fingerprint]))]
         tokens, size = sum(m.tokens for m in manifests), sum(m.bytes for m in manifests)
         documents = f"{sum(m.documents for m in manifests):,}"
         ratio = f"{size / max(1, tokens):.2f}"

@@ -103,7 +103,7 @@ def open_stream(unit: Unit, scratch: str, minutes: float, say: Say) -> datasets.
     if unit.builder == "text":
         options |= {"sample_by": "document", "encoding_errors": "replace"}
     if unit.builder == "parquet":
-        options["columns"] = [unit.column]
+        options |= {"columns": [unit.column], "batch_size": 1024}  # its own is that of a row group, maybe 0
     return datasets.load_dataset(unit.builder, split="train", streaming=True, cache_dir=scratch, **options)
 
 

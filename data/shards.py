@@ -181,7 +181,7 @@ class Shard:
         return joined(self._keys, np.uint64)
 
     def tokens(self, row: int) -> np.ndarray:
-        """The ids (uint32) of one document. Raises ConfigError when they are damaged beyond repair."""
+        """The ids (uint32) of one document. Raises Damaged when they cannot be made anew."""
         for attempt in range(2):
             batch = bisect_right(self._first, row) - 1
             at = row - self._first[batch]
@@ -192,7 +192,7 @@ class Shard:
             if attempt == 0 and self._repair:
                 self._repair(self.path)
                 self._open()
-        raise ConfigError(
+        raise Damaged(
             f"{self.path}: document {row} is damaged; restore the file, or remove it to make it anew"
         )
 

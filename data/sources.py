@@ -149,26 +149,27 @@ def look(
 
     chosen = files if config.max_bytes is None else fitting(files, config.max_bytes)
     column = "text" if builder == "text" else source.text_column
-    units = units_of(chosen, builder, column, split=len(files) <= MANY_FILES, config=config, say=say)
+    stretch = max(1.0, (config.max_bytes or 0) / found["source_bytes"])  # what is compressed holds more text
+    split = len(files) <= MANY_FILES
+    units = units_of(chosen, builder, column, split=split, stretch=stretch, config=config, say=say)
     return Listing(sorted(units, key=lambda unit: unit.fingerprint), **found), files
 
 
 def units_of(
-    files: list[File], builder: str, column: str, *, split: bool, config: DataConfig, say: Say
+    files: list[File], builder: str, column: str, *, split: bool, stretch: float, config: DataConfig, say: Say
 ) -> list[Unit]:
-    """The units of the files; with max_bytes, what they have on disk is the most that is taken of their text,
-    which may be compressed, until all of it is given."""
+    """The units of the files; with max_bytes, `stretch` times what they have on disk is the most that is
+    taken of their text, until all of it is given."""
     left = math.inf if config.max_bytes is None else config.max_bytes
     units = []
     for group in grouped(files, UNIT_BYTES if builder == "text" else 0):
-        for rows, share in (
-            row_group_ranges(group[0], builder, column, config, say) if split else [(None, 1.0)]
-        ):
+        ranges = row_group_ranges(group[0], builder, column, config, say) if split else [(None, 1.0)]
+        for rows, share in ranges:
             size = max(1, int(share * sum(file.size for file in group)))
-            limit = None if left == math.inf else int(min(left, size))
+            limit = None if left == math.inf else int(min(left, stretch * size))
             if builder == "text" and len(files) > 1:
                 limit = None  # whole files were chosen
-            left -= size
+            left -= stretch * size
             contents = [(file.name, file.size, file.version) for file in group]
             unit = Unit(
                 files=tuple(file.path for file in group),

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 import torch
 
 from configs.errors import ConfigError
+from data.shards import Damaged
 from model.flops import training_flops_per_token
 from model.moe import expert_loads, update_bias
 from optim.schedule import decay_start, lr_at
 from train.config import RunConfig
 from train.engine import Batch, Engine
 from train.metrics import Timer, expert_metrics, floats, memory, peak_flops
-from train.ranks import Ranks
+from train.ranks import FailedHere, Ranks
 from train.run import Run, open_run
 
 
@@ -116,7 +117,10 @@ def advance(run: Run) -> None:
     config = run.config.during(timeline.at(run.step))
     timer = Timer(run.ranks.device)
     with timer("data"):
-        batch = run.data.train.batch()
+        try:
+            batch = run.data.train.batch()
+        except Damaged as error:  # found by whoever reads it, and not by the other ranks
+            raise FailedHere(str(error)) from error
     logged = train_step(run.engine, batch, config, run.step, run.ranks, timer)
     timing = timer.stop()
     run.step += 1

@@ -6,7 +6,6 @@ a shard waits for its manifest; whoever fails to make one leaves a note, so that
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -45,7 +44,7 @@ from data.shards import Damaged, Shard, build, read_manifest
 from data.sources import Say, Unit
 from data.tokenizer import Tokenizer, cores
 
-WORTH_A_PROCESS = 4 << 20  # bytes on disk; less is tokenized sooner than another process starts
+WORTH_A_PROCESS = 32 << 20  # bytes on disk; less is tokenized sooner than another process starts
 POLL = 0.05  # seconds between two looks for a shard
 PATIENT_SILENCE = 10.0  # seconds until whoever waits for a shard says so
 
@@ -75,6 +74,8 @@ class Maker:
         try:
             with FileLock(locks / path.stem, timeout=-1 if block else 0):
                 if read_manifest(path, whole=whole) is None:
+                    if read_manifest(path):
+                        self.say(f"{path} is damaged; it is made anew from {unit.files[0]}")
                     for draft in path.parent.glob(f".{path.stem}.*.tmp"):  # of a build that was killed
                         draft.unlink()
                     build(
@@ -255,7 +256,7 @@ class Supply:
         missing = {path: unit for path, unit in self._tasks.items() if read_manifest(path) is None}
         with progress_bar(missing, progress and self._builder) as advance:
             if self._builder and worker_count(list(missing.values()), self._config.workers) == 1:
-                with noted(self._note, self._tasks):
+                with noted(self._note):
                     make_all(missing, replace(self._maker, advance=advance), 1)
             else:
                 self.start(advance)
@@ -346,7 +347,6 @@ class Supply:
 
     def _mend(self, path: Path) -> None:
         """Make a damaged shard anew."""
-        self._say(f"{path} is damaged; it is made anew from {self._tasks[path].files[0]}")
         try:
             self._maker.make(path, self._tasks[path], whole=True)
         except (ConfigError, OSError) as error:
@@ -354,21 +354,11 @@ class Supply:
 
 
 @contextmanager
-def noted(note: Path, tasks: Tasks) -> Iterator[None]:
+def noted(note: Path) -> Iterator[None]:
     """Leave what fails in a note for those who wait, and say it in one line."""
     try:
         yield
     except (ConfigError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            done = sum(read_manifest(path) is not None for path in tasks)
-            text = (
-                f"data.cache_dir: {note.parent} is full ({error.strerror}); {done} of {len(tasks)} shards are"
-                " done and stay: free space or choose another folder, then go on with the same command"
-            )
-        try:
-            with sealed(note) as file:
-                file.write(text.encode())
-        except OSError:
-            pass  # a full disk: others find out for themselves
-        raise ConfigError(text) from error
+        with suppress(ConfigError, OSError), sealed(note) as file:  # a full disk: others find out themselves
+            file.write(str(error).encode())
+        raise ConfigError(str(error)) from error

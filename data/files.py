@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ def checksum(path: str | Path) -> str:
 
 @contextmanager
 def sealed(path: Path) -> Iterator[BinaryIO]:
-    """Write a file: whatever happens, even a power cut, `path` holds all of it or does not change."""
+    """Write a file: whatever happens, even a power cut, `path` holds all of it or does not change.
+    ConfigError when the disk is full."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
@@ -38,6 +40,13 @@ def sealed(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ConfigError(
+            f"{path.parent} is full ({error.strerror}): free space, then go on with the same command;"
+            " what is done stays"
+        ) from error
     finally:
         draft.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

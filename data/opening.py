@@ -57,9 +57,10 @@ def prepare(config: DataConfig, *, say: Say, quiet: bool = False) -> Prepared:
     cache = Path(config.cache_dir).expanduser()
     try:
         (cache / "shards").mkdir(parents=True, exist_ok=True)
+        (cache / "lock").touch()
     except OSError as error:
         raise ConfigError(
-            f"data.cache_dir: {cache} cannot be made: {error.strerror}; choose another"
+            f"data.cache_dir: {cache} cannot be made or written: {error.strerror}; choose another"
         ) from error
     sources = config.chosen()
     status = Console(stderr=True, quiet=quiet or not sys.stderr.isatty()).status("looking for text")

@@ -62,7 +62,7 @@ def run(config: DataConfig, console: Console) -> None:
 
     prepared = prepare(config, say=say)
     before = prepared.summary()["shards_ready"]
-    failures = noted(note(config, prepared), prepared.tasks)
+    failures = noted(note(config, prepared))
     with failures, progress_bar(prepared.tasks, console.is_terminal, console) as advance:
         maker = Maker(prepared.tokenizer, config.patience_minutes, say, advance)
         make_all(prepared.tasks, maker, config.workers, whole=True)
@@ -105,7 +105,7 @@ def beside() -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    with noted(order.note, order.tasks):
+    with noted(order.note):
         maker = Maker(tokenizer, order.config.patience_minutes, say, lambda size: say(f"done: {size}"))
         make_all(order.tasks, maker, order.config.workers)
     os._exit(0)

@@ -396,7 +396,8 @@ class WholeFile(AbstractBufferedFile):
         same = not known.version or not version(response) or known.version == version(response)
         if not same or (status != 200 and size not in (None, known.size)):
             raise ConfigError(
-                f"{shown(self.url)} changed since it was looked at; start again when nobody writes to it"
+                f"{shown(self.url)} changed since it was listed; restore it, or remove the folder listings in"
+                " data.cache_dir and start again, to take it as it is now"
             )
         if status == 416:
             raise IncompleteError("the server refuses a part of the file")

@@ -322,7 +322,7 @@ def hub_files(name: str, source: SourceConfig, config: DataConfig, say: Say) -> 
     except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:  # no such subset, or gated
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {' '.join(str(error).splitlines()[:2])}") from error
     if builder not in set(BUILDER.values()):
         raise ConfigError(
             f"{where}: its files are of kind {builder}; use one of text, JSONL, Parquet or Arrow"

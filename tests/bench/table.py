@@ -16,6 +16,7 @@ Row = tuple[str, ...]
 
 SPEED = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak memory", "hardware")
 ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "optimizer", "peak memory")
+DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
 
 
@@ -54,6 +55,30 @@ def memory_row(result: Result) -> Row:
     return (result["case"], *(f"{total:.2f} GiB" for total in totals), ratio)
 
 
+def data_rows(result: Result) -> list[Row]:
+    """Of `tests.bench.data`."""
+    hardware = f"one core of {result['machine']}"
+    if result["kind"] == "tokenize":
+        fuzz = f"{result['strings_that_differ']} of {result['strings_compared']:,} strings have other ids"
+        ours = (f"{result['mb_per_s']:.1f} MB/s", f"{result['megabytes']:.0f} MB of text, {hardware}")
+        theirs = (f"{result['tokenizers_mb_per_s']:.1f} MB/s", fuzz)
+        return [("V4's tokenizer, with `tiktoken`", *ours), ("V4's tokenizer, with `tokenizers`", *theirs)]
+    if result["kind"] == "assemble":
+        what = f"batches of 64 × {result['seq_len']:,}, checksums verified"
+        speed = f"{result['mtok_per_s']:.1f} Mtok/s ({result['with_planning_mtok_per_s']:.1f} with planning)"
+        return [(what, speed, hardware)]
+    if result["kind"] == "padding":
+        what = f"padding at {result['seq_len']:,} tokens"
+        return [(what, f"{result['padding']:.3%}", f"an epoch of {result['tokens']:,} tokens")]
+    if result["kind"] == "resume":
+        what = f"{result['documents']:,} documents, a fresh process, {result['state_bytes']} bytes of state"
+        return [("first batch of a resumed run", f"{result['first_batch_s']:.2f} s", what)]
+    first, more = (f"{result[f'{name}_s_4096']:.2f} s" for name in ("first_window", "window"))
+    size = f"{result['documents']:,} documents, {result['tokens'] / 1e9:.0f} G tokens"
+    memory = f"{result['index_gb']:.1f} GB of index"
+    return [("plan at 4,096 tokens", f"{more} for 8M tokens, {first} for the first", f"{size}, {memory}")]
+
+
 def print_table(columns: Row, rows: Iterable[Row]) -> None:
     """Nothing where there are no rows."""
     if rows := list(rows):
@@ -67,6 +92,7 @@ def main(paths: list[str]) -> None:
     bare = {(r["model"], r["batch"], r["compile"]): r for r in engines if r["engine"] == "torch"}
     print_table(SPEED, (speed_row(result) for result in results if "side" in result))
     print_table(ENGINE, (engine_row(r, bare[r["model"], r["batch"], r["compile"]]) for r in engines))
+    print_table(DATA, (row for result in results if "machine" in result for row in data_rows(result)))
     print_table(MEMORY, (memory_row(result) for result in results if result.get("measured_total")))
 
 

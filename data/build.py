@@ -26,6 +26,7 @@ from pathlib import Path
 from queue import Empty
 from weakref import WeakValueDictionary
 
+from datasets.utils import tqdm
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import (
@@ -174,6 +175,7 @@ def start_worker(path: Path, fast_v4: bool, minutes: float, news: Queue[str | in
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.nice(10)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which is left behind when a worker is ended
 
     def watch() -> None:
         while os.getppid() == parent:

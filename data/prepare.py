@@ -67,8 +67,10 @@ def run(config: DataConfig, console: Console) -> None:
         maker = Maker(prepared.tokenizer, config.patience_minutes, say, advance)
         make_all(prepared.tasks, maker, config.workers, whole=True)
     seconds = time.perf_counter() - began
-    Console(highlight=False).print(table(prepared), f"{len(prepared.tasks) - int(before)} shards made,"
-        f" {int(before)} verified in {seconds:.1f} s; they are in {config.cache_dir}", sep="\n")  # fmt: skip
+    output = Console(highlight=False)
+    output.print(table(prepared))
+    counts = f"{len(prepared.tasks) - int(before)} shards made, {int(before)} verified"
+    output.print(f"{counts} in {seconds:.1f} s; they are in {config.cache_dir}", markup=False, soft_wrap=True)
 
 
 def note(config: DataConfig, prepared: Prepared) -> Path:

@@ -149,14 +149,15 @@ def look(
 
     chosen = files if config.max_bytes is None else fitting(files, config.max_bytes)
     column = "text" if builder == "text" else source.text_column
-    stretch = max(1.0, (config.max_bytes or 0) / found["source_bytes"])  # what is compressed holds more text
+    spare = max(1.0, (config.max_bytes or 0) / found["source_bytes"])  # what is compressed holds more text
+    stretch = 2 ** int(math.log2(spare))  # in steps, so that another file seldom changes what is taken of all
     split = len(files) <= MANY_FILES
     units = units_of(chosen, builder, column, split=split, stretch=stretch, config=config, say=say)
     return Listing(sorted(units, key=lambda unit: unit.fingerprint), **found), files
 
 
 def units_of(
-    files: list[File], builder: str, column: str, *, split: bool, stretch: float, config: DataConfig, say: Say
+    files: list[File], builder: str, column: str, *, split: bool, stretch: int, config: DataConfig, say: Say
 ) -> list[Unit]:
     """The units of the files; with max_bytes, `stretch` times what they have on disk is the most that is
     taken of their text, until all of it is given."""

@@ -171,11 +171,11 @@ def table(**columns) -> Callable[[Path], None]:
     return lambda folder: pq.write_table(pa.table(columns), folder / "a.parquet")
 
 
-def arrow(data: bytes) -> Callable[[Path], None]:
+def arrow(data: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / "a.arrow").write_bytes(data)
 
 
-def jsonl(text: str) -> Callable[[Path], None]:
+def jsonl(text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "a.jsonl").write_text(text)
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_has_changed_since_it_was_listed_is_refused(folder, tmp_path
     write_file(folder / "a.jsonl", TEXTS)
     (found,) = units_of(server.url("a.jsonl"), tmp_path)
     write_file(folder / "a.jsonl", TEXTS[::-1])
-    with pytest.raises(ConfigError, match=r"^\S*a.jsonl changed since it was looked at; "):
+    with pytest.raises(ConfigError, match=r"^\S*a.jsonl changed since it was listed; "):
         texts_of(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ KINDS = ("txt", "jsonl", "jsonl.gz", "ndjson.zst", "parquet", "arrow")
 ROW_GROUP = 20  # rows
 
 
-def write_file(path: Path, documents: list[str | None], column: str = "body") -> None:
+def write_file(path: Path, documents: Sequence[str | None], column: str = "body") -> None:
     """One file of documents, of the kind that its name says; a text file is one document."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.name.partition(".")[2]

@@ -21,6 +21,7 @@ INDEX = {
     "deepspeed": ["hjson", "numpy"],
     "hjson": [],
     "wandb": [],
+    "zstandard": [],
 }
 
 

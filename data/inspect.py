@@ -20,6 +20,7 @@ from rich.text import Text
 
 from configs.errors import ConfigError
 from data.findings import Findings, Holdings, Packing, Sample, Stage, bins, histogram, look
+from data.prepare import exit_code
 
 HELP = """\
 Look at what a run will train on: python -m data.inspect [KEY=VALUE ...] [--html FILE] [--sequences N]
@@ -57,18 +58,7 @@ class Grid(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 done, 2 for a mistake or a source that cannot be read (one line), 130 when interrupted."""
-    if {"-h", "--help"} & set(argv):
-        print(HELP)
-        return 0
-    try:
-        run(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    return exit_code(argv, HELP, run)
 
 
 def run(argv: list[str]) -> None:

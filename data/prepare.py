@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -35,15 +39,16 @@ and training there, with the same arguments, uses it: local sources may be missi
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 done, 2 for a mistake or a source that cannot be read (one line), 130 when interrupted."""
+    return exit_code(argv, HELP, run)
+
+
+def exit_code(argv: list[str], text: str, work: Callable[[list[str]], None]) -> int:
+    """Do the work, or print the help; what goes wrong is one line."""
     if {"-h", "--help"} & set(argv):
-        print(HELP)
+        print(text)
         return 0
     try:
-        if argv == ["--beside"]:
-            return beside()
-        from configs.compose import compose
-
-        run(compose(argv).data, Console(stderr=True, highlight=False))
+        work(argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -53,8 +58,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(config: DataConfig, console: Console) -> None:
+def run(argv: list[str]) -> None:
     """Prepare and say what there is."""
+    if argv == ["--beside"]:
+        beside()
+    from configs.compose import compose
+
+    config, console = compose(argv).data, Console(stderr=True, highlight=False)
     began = time.perf_counter()
 
     def say(text: str) -> None:
@@ -90,11 +100,8 @@ def table(prepared: Prepared) -> Table:
     return found
 
 
-def beside() -> int:
+def beside() -> NoReturn:
     """Make shards for a training that writes its wishes to standard input, and end with it."""
-    import os
-    import threading
-
     order = Beside.from_json(sys.stdin.readline())
 
     def end_with_parent() -> None:

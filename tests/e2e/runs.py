@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -37,3 +40,18 @@ def options(corpus: Path, runs: Path) -> list[str]:
         "data.validation_fraction=0.2",
     ]
     return [*SMALL, *data, f"run.dir={runs}"]
+
+
+def run(corpus: Path, runs: Path, *extra: str, world: int = 1) -> subprocess.CompletedProcess[str]:
+    """Train, under torchrun when `world` is more than 1, without the sample at the end."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "train", *options(corpus, runs), "train.sample_tokens=0", *extra],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )

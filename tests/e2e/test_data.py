@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, options
+from tests.e2e.runs import run
 
 PHASES = [
     "phases.short.steps=3",
@@ -42,20 +39,6 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         "data.sources.numbers.fim_rate=0.5",
         f"data.cache_dir={folder / 'cache'}",
     ]
-
-
-def run(corpus: Path, runs: Path, *extra: str, world: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    )
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "train", *options(corpus, runs), "train.sample_tokens=0", *extra],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def lines(folder: Path, *keys: str) -> list[tuple[float, ...]]:

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, options
+from tests.e2e.runs import run
 from train import checkpoint
-
-
-def run(corpus: Path, runs: Path, *extra: str, world: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    )
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "train", *options(corpus, runs), "train.sample_tokens=0", *extra],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def losses(folder: Path) -> list[float]:

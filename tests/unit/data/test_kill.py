@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 
 from data import order
@@ -45,6 +46,14 @@ def digests(loaders: list[Loader]) -> list[str]:
 def done(home: Path) -> int:
     """How many steps are."""
     return sum(path.suffix == ".json" for path in (home / "steps").iterdir())
+
+
+def reached(home: Path) -> dict:
+    """The state after the last step that is done."""
+    steps = done(home)
+    return (
+        json.loads((home / "steps" / f"{steps - 1}.json").read_text())["state"] if steps else {"sources": {}}
+    )
 
 
 # What runs in a process of its own
@@ -82,7 +91,7 @@ def run(home: str, world: int, config: dict, changes: list) -> None:
     step = done(Path(home))
     if step:
         for loader in loaders:
-            loader.load_state_dict(json.loads((folder / f"{step - 1}.json").read_text())["state"])
+            loader.load_state_dict(reached(Path(home)))
     parent = os.getppid()
     while os.getppid() == parent:
         found = digests(loaders)
@@ -133,12 +142,13 @@ def test_a_stream_killed_at_any_moment_is_the_uninterrupted_one(tmp_path, monkey
     config = write_mixed(tmp_path)
     (tmp_path / "steps").mkdir()
     changes: list[Change] = []
-    statuses, worlds, before_a_step = [], [], 0
+    statuses, worlds, before_a_step, in_the_midst = [], [], 0, 0
     with forks() as start:
         for kill in range(KILLS + 1):
             first = done(tmp_path)
             changes = [change for change in changes if change[0] < first]
-            changes += [(first, drawn(draw)), (first + draw.randrange(1, 20), drawn(draw))]
+            gaps = [0, *(draw.randrange(1, 9) for _ in range(5))]
+            changes += [(first + after, drawn(draw)) for after in accumulate(gaps)]
             worlds.append(draw.choice([world for world in WORLDS if world not in worlds[-1:]]))
             what = {"home": str(tmp_path), "world": worlds[-1], "config": config, "changes": changes}
             pid, ended = start(json.loads(json.dumps(what, default=vars)))
@@ -151,6 +161,7 @@ def test_a_stream_killed_at_any_moment_is_the_uninterrupted_one(tmp_path, monkey
                     os.kill(pid, signal.SIGKILL)
             statuses.append(ended())
             before_a_step += done(tmp_path) == first
+            in_the_midst += any(source["cursor"][-1] for source in reached(tmp_path)["sources"].values())
     assert statuses == [signal.SIGKILL] * (KILLS + 1)
 
     monkeypatch.setattr(order, "WINDOW_TOKENS", 3000)
@@ -166,7 +177,8 @@ def test_a_stream_killed_at_any_moment_is_the_uninterrupted_one(tmp_path, monkey
         total += len(expected)
     epochs = {name: source["cursor"][0] for name, source in found["state"]["sources"].items()}
     print(
-        f"{KILLS} kills, {before_a_step} of them before a step was done; {steps} steps, {total} rows,"
+        f"{KILLS} kills, {before_a_step} before a step was done, {in_the_midst} with a window's rest; {steps}"
+        f" steps, {total} rows,"
         f" {len(changes)} changes, worlds {worlds}, epochs {epochs}"
     )
-    assert steps >= 5
+    assert steps >= 5 and in_the_midst

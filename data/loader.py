@@ -14,8 +14,10 @@ from configs.errors import ConfigError
 from data.config import Shape
 from data.order import Cursor, Mixture, Sequence, Stream
 from data.packing import assemble, tokens_of
+from data.sources import key_of
 from data.tokenizer import Tokenizer
 
+FILTERS = ("min_tokens", "max_tokens", "deduplicate")
 STATE = 2  # version of `state_dict`
 AHEAD = 2  # batches prepared while the model is busy
 Batch = dict[str, torch.Tensor]
@@ -41,6 +43,15 @@ def deal(costs: list[int], world: int) -> list[list[int]]:
         lap, seat = divmod(turn, world)
         hands[seat if lap % 2 == 0 else world - 1 - seat].append(index)
     return hands
+
+
+def by_key(name: str, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a source's state says, by the keys of the configuration."""
+    source = "data" if key_of(name) == "data.path" else key_of(name)
+    found = {f"{source}.{filter}": value for filter, value in zip(FILTERS, identity["filters"])}
+    found |= {f"data.{key}": identity[key] for key in ("validation_fraction", "shuffle_shards")}
+    found |= {f"{source}.fim_rate": identity["fim_rate"]}
+    return {key_of(name) if source == "data" else f"{source}.files": identity["files"]} | found
 
 
 class Loader:
@@ -151,7 +162,7 @@ class Loader:
         source, corpus = stream.corpus.source, stream.corpus
         return {
             "files": corpus.fingerprint,
-            "filters": [source.min_tokens, source.max_tokens, source.deduplicate],
+            "filters": [getattr(source, name) for name in FILTERS],
             "fim_rate": source.fim_rate,
             "validation_fraction": corpus.validation_fraction,
             "shuffle_shards": corpus.shuffle_shards,
@@ -170,7 +181,8 @@ class Loader:
                 there = ["not there", "there"]
                 found.append((f"data.sources.{name}", there[bool(before)], there[bool(now)]))
                 continue
-            found += [(f"data.sources.{name}.{key}", before.get(key), value) for key, value in now.items()]
+            earlier = by_key(name, before)
+            found += [(key, earlier.get(key), value) for key, value in by_key(name, now).items()]
         return [(key, before, now) for key, before, now in found if before != now]
 
     def _restart_from(self, position: Position) -> None:

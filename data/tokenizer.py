@@ -57,7 +57,8 @@ class Tokenizer:
         that engine; None takes one for each core."""
         self.path, self.fast_v4, self._threads = path, fast_v4, threads
         try:
-            self._spec = json.loads(path.read_bytes())
+            self._text = path.read_text(encoding="utf-8")
+            self._spec = json.loads(self._text)
             vocabulary = self._spec["model"]["vocab"]
             added = {token["content"]: token["id"] for token in self._spec["added_tokens"]}
             ids = [
@@ -89,8 +90,8 @@ class Tokenizer:
         return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a `tokenizers` JSON file."""
-        return json.dumps(self._spec, ensure_ascii=False)
+        """The text of its file, which read again is the same tokenizer."""
+        return self._text
 
     @cached_property
     def _whole(self) -> tokenizers.Tokenizer:

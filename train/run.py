@@ -268,9 +268,16 @@ def _restore(
         key = line.partition(":")[0]
         if key.startswith("model.") and key not in LOSS_WEIGHTS:
             raise ConfigError(f"resume: the checkpoint is of another model ({line}); restore that key")
-    same_tokenizer = manifest["tokenizer"] == data.tokenizer.fingerprint
-    if not same_tokenizer and not (manifest["data"] and config.data.on_change == "restart"):
-        raise ConfigError(f"data.tokenizer: is another one than in {folder}/tokenizer.json; restore its keys")
+    if manifest["tokenizer"] != data.tokenizer.fingerprint:
+        meant = (
+            config.data.on_change == "restart" and config.data.tokenizer.kind != "bpe" and manifest["data"]
+        )
+        if not meant:  # a BPE is another one as soon as the text is: nobody wants the model to change with it
+            kept = f"{folder}/tokenizer.json"
+            raise ConfigError(
+                f"data.tokenizer: is another one than {kept}; restore its keys, or keep that one:"
+                f" data.tokenizer.kind=file data.tokenizer.path={kept}"
+            )
     if manifest["data"]:  # imported weights have seen no data
         data.train.load_state_dict(manifest["data"])
     with checkpoint.open_tensors(folder) as stored:

@@ -82,7 +82,7 @@ def test_data_that_changed_is_refused_unless_told_otherwise(
     again = [*every, "data.shuffle_shards=1", "resume=auto", "train.steps=6"]
     for change, words in (
         ("train.seed=5", "train.seed"),
-        ("data.sources.words.min_tokens=6", "data.sources.words.filters"),
+        ("data.sources.words.min_tokens=6", "data.sources.words.min_tokens"),
         ("data.tokenizer.vocab_size=290", "tokenizer"),
     ):
         refused = run(corpus, tmp_path, *again, change)
@@ -90,3 +90,18 @@ def test_data_that_changed_is_refused_unless_told_otherwise(
     anew = run(corpus, tmp_path, *again, "data.sources.words.min_tokens=6", "data.on_change=restart")
     assert anew.returncode == 0, anew.stderr[-3000:]
     assert len(lines(tmp_path / "a", "step")) == 6
+
+    # More text makes another BPE, which the model does not know: the checkpoint's is kept.
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"content": "a text that was not there, with words of its own"}\n' * 3)
+    words = next(option for option in sources if option.startswith("data.sources.words.files="))
+    files = f"{words[:-1]},{more}]"
+    refused = run(corpus, tmp_path, *again, files, "data.on_change=restart")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    keep = refused.stderr.rpartition("keep that one: ")[2].split()
+    last = [*again, "data.sources.words.min_tokens=6", files, *keep]
+    stopped = run(corpus, tmp_path, *last, "train.steps=7")
+    assert stopped.returncode == 2 and "data.sources.words.files" in stopped.stderr
+    gone_on = run(corpus, tmp_path, *last, "train.steps=7", "data.on_change=restart")
+    assert gone_on.returncode == 0, gone_on.stderr[-3000:]
+    assert len(lines(tmp_path / "a", "step")) == 7

@@ -294,23 +294,26 @@ def test_an_error_in_a_pool_ends_it_at_once(stuck, source, tokenizer, tmp_path, 
     assert sum(sizes) == sum(manifest.bytes for manifest in done) > 0
 
 
-def test_a_worker_that_is_killed_is_one_line(stuck, tokenizer, tidy):
-    first = dict(list(stuck.items())[:2])
-    before = children()
+def test_a_worker_that_is_killed_is_one_line(source, tokenizer, tmp_path, tidy):
+    """The one that was started last, before any has done anything: the pool itself does not notice that."""
+    with serve(source) as server:
+        tasks = tasks_of(server.url("{0..1}.jsonl"), tokenizer, tmp_path / "cache")
+        for name in ("0.jsonl", "1.jsonl"):
+            server.fail(name, "hang", times=99)
+        before, asked = children(), len(server.requests)
 
-    def kill_the_last() -> None:
-        while True:
-            workers = [pid for pid in children() - before if b"spawn_main" in command_of(pid)]
-            if len(workers) == 2 and read_manifest(list(first)[1]):
-                os.kill(max(workers), signal.SIGKILL)
-                return
-            time.sleep(0.05)
+        def kill_the_last() -> None:
+            while len({request.name for request in server.requests[asked:]}) < 2:
+                time.sleep(0.05)
+            os.kill(
+                max(pid for pid in children() - before if b"spawn_main" in command_of(pid)), signal.SIGKILL
+            )
 
-    threading.Thread(target=kill_the_last, daemon=True).start()
-    with pytest.raises(
-        ConfigError, match=r"^data.workers: a process that tokenizes was killed, .* than 2 and go"
-    ):
-        make_all(first, maker(tokenizer), 2)
+        threading.Thread(target=kill_the_last, daemon=True).start()
+        with pytest.raises(
+            ConfigError, match=r"^data.workers: a process that tokenizes was killed, .* than 2 and"
+        ):
+            make_all(tasks, maker(tokenizer), 2)
 
 
 # --- A full disk ------------------------------------------------------------------------------------------
@@ -442,6 +445,7 @@ def test_others_wait_for_the_builder_and_are_told_of_its_failure(tasks, tokenize
     assert len(built) == 1
 
     supply(tasks, tokenizer, said)  # a builder that begins removes the note of an earlier try
+    assert not waiting._note.exists()
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     make_all(tasks, maker(tokenizer), 1)

@@ -343,12 +343,12 @@ CHANGES = {
     "data.sources.code.files": fewer_files,
     "data.sources.code.fim_rate": lambda config: with_source(config, "code", fim_rate=0.25),
     "data.sources.web.fim_rate": lambda config: replace(config, fim_rate=0.1),
-    "data.sources.web.filters": lambda config: with_source(config, "web", min_tokens=2),
-    "data.sources.long.filters": lambda config: with_source(config, "long", max_tokens=2000),
-    "data.sources.code.filters": lambda config: with_source(config, "code", deduplicate=True),
+    "data.sources.web.min_tokens": lambda config: with_source(config, "web", min_tokens=2),
+    "data.sources.long.max_tokens": lambda config: with_source(config, "long", max_tokens=2000),
+    "data.sources.code.deduplicate": lambda config: with_source(config, "code", deduplicate=True),
     "data.sources.long": lambda config: without(config, "long"),
-    "data.sources.web.shuffle_shards": lambda config: replace(config, shuffle_shards=3),
-    "data.sources.web.validation_fraction": lambda config: replace(config, validation_fraction=0.2),
+    "data.shuffle_shards": lambda config: replace(config, shuffle_shards=3),
+    "data.validation_fraction": lambda config: replace(config, validation_fraction=0.2),
 }
 
 
@@ -401,7 +401,7 @@ def restarted(mixed: DataConfig, changed: DataConfig, seed: int = 3) -> tuple[Lo
     return other, state
 
 
-@pytest.mark.parametrize("key", ["files", "fim_rate", "filters"])
+@pytest.mark.parametrize("key", ["files", "fim_rate", "deduplicate"])
 def test_restart_begins_the_changed_source_alone_anew(mixed, key):
     tokenizer = opened(mixed).tokenizer
     changed = CHANGES[f"data.sources.code.{key}"](mixed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -259,8 +258,9 @@ def test_a_builder_ends_with_the_training(source, tmp_path, server):
     config = configuration(tmp_path, server.url("0.jsonl"), shuffle_shards=1)
     data = opened(config, [])
     tasks = data.close.__self__._tasks  # type: ignore[attr-defined]
+    began = time.monotonic()
     data.close()
-    assert not alive(child_of(data).pid)
+    assert not alive(child_of(data).pid) and time.monotonic() - began < 5
 
     order = Beside(config, tasks, data.tokenizer.path, False, tmp_path / "note")
     process = subprocess.Popen(
@@ -275,8 +275,10 @@ def test_a_builder_ends_with_the_training(source, tmp_path, server):
     while len(server.requests) == asked:  # until it reads the file
         assert time.monotonic() < deadline and alive(child)
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
     deadline = time.monotonic() + 3
     while alive(child):
         assert time.monotonic() < deadline

@@ -15,6 +15,7 @@ import pytest
 
 from data.prepare import main
 from data.shards import Shard
+from tests.http_server import serve
 from tests.unit.data.written import write_file
 
 ROOT = Path(__file__).parents[3]
@@ -162,6 +163,15 @@ def test_a_full_disk_is_one_line(where, source, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(source, tmp_path, capsys):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lock").symlink_to("/dev/null/lock")  # root may write everywhere else
+    assert main(arguments(source, tmp_path / "cache")) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith(f"error: data.cache_dir: {tmp_path}/cache cannot be made or written: ")
+    assert len(err.splitlines()) == 1
+
+
 def test_help_says_what_to_type(capsys):
     assert main(["--help"]) == 0
     assert "python -m data.prepare data.path=texts" in capsys.readouterr().out
@@ -218,31 +228,38 @@ def wait_until_gone(group: int, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_stopped_and_killed_it_goes_on_to_the_same_bytes(source, tmp_path, capsys):
-    """A run of two workers that is stopped with Ctrl-C, started again, killed with all it holds, and started
-    once more makes what a single process makes that is left alone."""
+def test_ctrl_c_is_one_line_and_exit_code_130(source, tmp_path):
+    """While one worker waits for a server and one for work."""
+    command = arguments(source / "00.jsonl", tmp_path / "cache")
+    assert main(command) == 0
+    (tokenizer,) = (tmp_path / "cache").glob("bpe-*.json")
+    with serve(source) as server:
+        urls = f"{source}/01.jsonl, '{server.url('02.jsonl')}'"
+        more = ["data.tokenizer.kind=file", f"data.tokenizer.path={tokenizer}", "data.workers=2"]
+        server.fail("02.jsonl", "hang", times=99, skip=1)
+        process = program(arguments(urls, tmp_path / "cache", *more))
+        wait_until(lambda: len(server.requests) > 1 and len(sealed(tmp_path / "cache")) == 2, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert err == "stopped; the same command goes on\n"
+    wait_until_gone(process.pid, 3.0)
+
+
+def test_killed_and_started_again_it_makes_the_same_bytes(source, tmp_path, capsys):
+    """Two workers, killed with all they hold, and one that goes on make what one makes that is left alone."""
     assert main(arguments(source, tmp_path / "first")) == 0
     (tokenizer,) = (tmp_path / "first").glob("bpe-*.json")
     more = ["data.tokenizer.kind=file", f"data.tokenizer.path={tokenizer}"]
     command = arguments(source, tmp_path / "cache", *more)
 
     process = program([*command, "data.workers=2"])
-    wait_until(lambda: len(sealed(tmp_path / "cache")) >= 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "")
-    assert err == "stopped; the same command goes on\n"
-    wait_until_gone(process.pid, 3.0)
-    stopped = sealed(tmp_path / "cache")
-    assert len(stopped) < UNITS, "stopped too late: nothing was left to do"
-
-    process = program([*command, "data.workers=2"])
-    wait_until(lambda: len(sealed(tmp_path / "cache")) >= len(stopped) + 3, process)
+    wait_until(lambda: len(sealed(tmp_path / "cache")) >= 5, process)
     process.kill()
     process.communicate(timeout=30)
     wait_until_gone(process.pid, 3.0)
     done = {path: path.stat().st_mtime_ns for path in sealed(tmp_path / "cache")}
-    assert len(stopped) + 3 <= len(done) < UNITS, "killed too late: nothing was left to do"
+    assert 5 <= len(done) < UNITS, "killed too late: nothing was left to do"
 
     capsys.readouterr()
     assert main(command) == 0

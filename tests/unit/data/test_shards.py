@@ -249,6 +249,21 @@ def test_a_torn_shard_is_noticed(size, small):
         Shard(small)
 
 
+@pytest.mark.parametrize("column", ["key", "crc"])
+def test_the_same_bytes_of_another_type_are_noticed(column, small):
+    """A single bit tells signed numbers from unsigned ones; keys are compared."""
+    with pa.OSFile(str(small)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    at = table.column_names.index(column)
+    other = {pa.uint64(): pa.int64(), pa.uint32(): pa.int32()}[table.schema.field(at).type]
+    table = table.set_column(at, column, pa.chunked_array([c.view(other) for c in table[column].chunks]))
+    small.unlink()
+    with pa.ipc.new_stream(str(small), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(Damaged, match="schema"):
+        Shard(small)
+
+
 def break_tokens(path: Path) -> None:
     """A document's tokens, not what is verified when the shard is opened."""
     shard, good = Shard(path), path.read_bytes()

@@ -285,7 +285,7 @@ def test_an_error_in_a_pool_ends_it_at_once(stuck, source, tokenizer, tmp_path, 
     sizes: list[int] = []
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"5.jsonl cannot be read as json") as caught:
-        make_all(dict(list(stuck.items())[:3]) | bad, Maker(tokenizer, 0.1, said.append, sizes.append), 2)
+        make_all(dict(list(stuck.items())[:3]) | bad, Maker(tokenizer, 5, said.append, sizes.append), 2)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 30
     assert not read_manifest(first)

@@ -263,7 +263,7 @@ def tidy() -> Iterator[None]:
 
 
 def command_of(pid: int) -> bytes:
-    return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True).stdout
+    return subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True).stdout
 
 
 @pytest.fixture

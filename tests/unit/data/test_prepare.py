@@ -214,11 +214,11 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen, secon
         time.sleep(0.002)
 
 
-def living(group: int) -> list[str]:
-    """Commands of the processes of a process group that are alive."""
-    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    return [row[2] for row in rows if row[0] == str(group) and "Z" not in row[1]]
+def living(group: int) -> dict[int, str]:
+    """{id: command} of the processes of a process group that are alive."""
+    columns = ["ps", "-A", "-ww", "-o", "pid=,pgid=,stat=,args="]
+    rows = [line.split(None, 3) for line in subprocess.check_output(columns, text=True).splitlines()]
+    return {int(row[0]): row[3] for row in rows if row[1] == str(group) and "Z" not in row[2]}
 
 
 def wait_until_gone(group: int, seconds: float) -> None:
@@ -239,6 +239,12 @@ def test_ctrl_c_is_one_line_and_exit_code_130(source, tmp_path):
         server.fail("02.jsonl", "hang", times=99, skip=1)
         process = program(arguments(urls, tmp_path / "cache", *more))
         wait_until(lambda: len(server.requests) > 1 and len(sealed(tmp_path / "cache")) == 2, process)
+        workers = [pid for pid, command in living(process.pid).items() if "spawn_main" in command]
+        assert len(workers) == 2
+        for pid in workers:  # they leave it to the program to end them
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert set(workers) < set(living(process.pid))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")

@@ -82,7 +82,7 @@ class Stream:
         if cursor.seq_len not in (0, seq_len):
             window = self.window(cursor)
             used_up = cursor.taken == len(window.sequences)
-            if cursor.taken or cursor.rest:
+            if cursor.taken:
                 rest = None if used_up else cursor
                 cursor = Cursor(window.epoch, window.group, window.start, seq_len, 0, rest)
         cursor = cursor._replace(seq_len=seq_len)

@@ -133,3 +133,13 @@ def test_composing_imports_no_torch() -> None:
     code = "import sys; from configs.compose import compose; compose([]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("option", [option for option in groups()["phases"] if option != "none"])
+def test_a_ramp_of_a_preset_begins_below_its_end(option: str) -> None:
+    """A batch grows by whole micro-batches: with large ones it would not grow at all."""
+    timeline = compose([f"phases={option}", *NEEDS.get(f"phases={option}", [])]).timeline
+    ramps = [phase for phase in timeline if phase.ramp_from < phase.batch_tokens]
+    assert ramps
+    for phase in ramps:
+        assert phase.sequences(phase.first) * phase.seq_len == phase.ramp_from

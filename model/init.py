@@ -1,7 +1,7 @@
 """Every parameter's initialisation, in one table with its reason.
 
-Each tensor draws from a generator seeded by (seed, full name): the values depend neither on the order of
-construction nor on which tensors a rank holds.
+Each tensor, and each expert's matrix, draws from a generator seeded by (seed, full name): the values depend
+neither on the order of construction nor on which tensors or experts a rank holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.model import ForCausalLM
-from model.moe import hash_table
+from model.moe import Experts, hash_table
 
 Fill = Callable[[Tensor, ModelConfig, torch.Generator], object]
 
@@ -92,7 +92,8 @@ TABLE: tuple[tuple[str, Fill, str], ...] = (
 def initialize(model: ForCausalLM, seed: int) -> ForCausalLM:
     """Fill every parameter and buffer of `model` in place, on whatever device they are."""
     for name, parameter in model.named_parameters():
-        _fill_for(name)(parameter, model.config, _generator(f"{seed}/{name}", parameter.device))
+        owner = model.get_submodule(name.rpartition(".")[0])
+        fill(name, parameter, model.config, seed, owner.first if isinstance(owner, Experts) else None)
     experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
     for layer, moe in enumerate(model.moes()):
         if moe.gate.is_hash:
@@ -101,6 +102,19 @@ def initialize(model: ForCausalLM, seed: int) -> ForCausalLM:
         else:
             moe.gate.e_score_correction_bias.zero_()
     return model
+
+
+@torch.no_grad()
+def fill(
+    name: str, parameter: Tensor, config: ModelConfig, seed: int, first_expert: int | None = None
+) -> None:
+    """Fill one parameter of this full name in place; a stack of experts is numbered from `first_expert`."""
+    rule = _fill_for(name)
+    if first_expert is None:
+        rule(parameter, config, _generator(f"{seed}/{name}", parameter.device))
+        return
+    for number, matrix in enumerate(parameter, start=first_expert):
+        rule(matrix, config, _generator(f"{seed}/{name}/{number}", parameter.device))
 
 
 def _fill_for(name: str) -> Fill:

@@ -141,9 +141,13 @@ class LocalDispatcher:
 
 
 class Experts(nn.Module):
-    """E routed SwiGLU experts as stacked matrices, gate rows before up rows."""
+    """E routed SwiGLU experts as stacked matrices, gate rows before up rows.
+
+    Under expert parallelism the stacks hold some of the model's experts only, numbered from `first` on.
+    """
 
     product = staticmethod(grouped_linear)
+    first = 0
 
     def __init__(self, config: ModelConfig):
         super().__init__()

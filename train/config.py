@@ -42,6 +42,8 @@ class TrainConfig:
     async_save             write checkpoints beside the training, which goes on after a copy in host memory
     eval_tokens            validation tokens of one evaluation
     compile                torch.compile the hyper-connections
+    recompute              what backward computes again instead of keeping it: "none", "selective" (all but
+                           outputs of large products), "full" (whole layers: only their inputs are kept)
     sample_tokens          tokens generated from sample_prompt at the end of the run; 0: none
     device                 "auto" (CUDA where there is one), "cpu" or "cuda"
 
@@ -65,6 +67,7 @@ class TrainConfig:
     keep_every: int = 0
     async_save: bool = True
     compile: bool = False
+    recompute: str = "none"
     sample_tokens: int = 64
     sample_prompt: str = "import "
     device: str = "auto"
@@ -87,6 +90,8 @@ class TrainConfig:
         for key in ("mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
             self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")
         self._check("attention_mode", self.attention_mode in ("sparse", "dense"), "sparse or dense")
+        recompute = self.recompute in ("none", "selective", "full")
+        self._check("recompute", recompute, "none, selective or full")
         self._check("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         forward_tokens = self.seq_len * self.micro_batch
         rule = f"a multiple of train.seq_len · train.micro_batch = {forward_tokens}"
@@ -114,27 +119,53 @@ class PrecisionConfig:
         _require(allowed, "precision.compute_dtype", self.compute_dtype, "float32 or bfloat16")
 
 
+# What the engine of one process can do.
+ALONE = {"zero_stage": None, "ep": 1, "cp": 1, "zero_ranks": None, "shard_dense": False}
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Who holds what when several processes train.
 
-    engine      "deepspeed" (ZeRO over all ranks) or "torch" (one process, nothing partitioned)
-    zero_stage  1 (gradients of all parameters on every rank, reduced once a step), 2 (a rank's own part only,
-                reduced every micro-batch); None: 1 for one rank, else 2
+    engine            "deepspeed" (ZeRO over all ranks) or "torch" (one process, nothing partitioned)
+    zero_stage        1 (gradients of all parameters on every rank, reduced once a step), 2 (a rank's own part
+                      only, reduced every micro-batch); None: 1 for one rank, else 2
+    ep                ranks that share the routed experts out; tokens travel to them
+    cp                ranks that share every sequence out
+    zero_ranks        ranks that share the masters and moments of everything else out; groups of so many
+                      repeat each other's updates. None: as many as leave less than 5 % of filler
+    shard_dense       keep the layers' dense weights sharded, too, and gather them before each use; needs
+                      train.recompute=full
+    expert_gradients  what experts' gradients travel in: "float32", or "bfloat16", rounded stochastically
+    timeout_seconds   after so long without progress the job ends and names the rank that hangs
 
     Raises ConfigError, naming `parallel.KEY`, when a value is out of range.
     """
 
     engine: str = "deepspeed"
     zero_stage: int | None = None
+    ep: int = 1
+    cp: int = 1
+    zero_ranks: int | None = None
+    shard_dense: bool = False
+    expert_gradients: str = "float32"
+    timeout_seconds: int = 600
 
     def __post_init__(self) -> None:
         engines = self.engine in ("deepspeed", "torch")
-        _require(engines, "parallel.engine", self.engine, "deepspeed or torch")
-        stages = self.zero_stage in (None, 1, 2)
-        _require(stages, "parallel.zero_stage", self.zero_stage, "1, 2 or null")
-        possible = self.engine == "deepspeed" or self.zero_stage is None
-        _require(possible, "parallel.zero_stage", self.zero_stage, "null with parallel.engine=torch")
+        self._check("engine", engines, "deepspeed or torch")
+        self._check("zero_stage", self.zero_stage in (None, 1, 2), "1, 2 or null")
+        for key in ("ep", "cp", "timeout_seconds"):
+            self._check(key, getattr(self, key) >= 1, "1 or more")
+        self._check("zero_ranks", self.zero_ranks is None or self.zero_ranks >= 1, "1 or more, or null")
+        dtypes = self.expert_gradients in ("float32", "bfloat16")
+        self._check("expert_gradients", dtypes, "float32 or bfloat16")
+        for key, alone in ALONE.items() if self.engine == "torch" else ():
+            word = {None: "null", False: "false"}.get(alone, alone)
+            self._check(key, getattr(self, key) == alone, f"{word} with parallel.engine=torch")
+
+    def _check(self, key: str, good: bool, rule: str) -> None:
+        _require(good, f"parallel.{key}", getattr(self, key), rule)
 
 
 @dataclass(frozen=True)

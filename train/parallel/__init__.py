@@ -1,0 +1,1 @@
+"""Who holds which experts, tokens and weights, and what travels between ranks."""

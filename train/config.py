@@ -119,8 +119,14 @@ class PrecisionConfig:
         _require(allowed, "precision.compute_dtype", self.compute_dtype, "float32 or bfloat16")
 
 
-# What the engine of one process can do.
-ALONE = {"zero_stage": None, "ep": 1, "cp": 1, "zero_ranks": None, "shard_dense": False}
+# What the engine of one process can do, and how YAML writes it.
+ALONE = {
+    "zero_stage": (None, "null"),
+    "ep": (1, "1"),
+    "cp": (1, "1"),
+    "zero_ranks": (None, "null"),
+    "shard_dense": (False, "false"),
+}
 
 
 @dataclass(frozen=True)
@@ -160,8 +166,7 @@ class ParallelConfig:
         self._check("zero_ranks", self.zero_ranks is None or self.zero_ranks >= 1, "1 or more, or null")
         dtypes = self.expert_gradients in ("float32", "bfloat16")
         self._check("expert_gradients", dtypes, "float32 or bfloat16")
-        for key, alone in ALONE.items() if self.engine == "torch" else ():
-            word = {None: "null", False: "false"}.get(alone, alone)
+        for key, (alone, word) in ALONE.items() if self.engine == "torch" else ():
             self._check(key, getattr(self, key) == alone, f"{word} with parallel.engine=torch")
 
     def _check(self, key: str, good: bool, rule: str) -> None:

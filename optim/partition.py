@@ -72,14 +72,20 @@ class View(NamedTuple):
         return flat[self.start : self.start + self.piece.numel].view(self.piece.shape)
 
 
-def whole_views(group: dict[str, Any]) -> list[View]:
-    """The views of a group (`optim.groups.build_groups`) whose params are whole parameters."""
+def is_expert(name: str) -> bool:
+    """Whether the parameter of this full name is a stack of routed experts."""
+    return bool(_EXPERTS.fullmatch(name))
+
+
+def whole_views(group: dict[str, Any], first_expert: int = 0) -> list[View]:
+    """The views of a group (`optim.groups.build_groups`) whose params are whole parameters, or stacks of
+    experts numbered from `first_expert`."""
     blocks = group.get("blocks", [()] * len(group["params"]))
     views = []
     for index, (name, parameter, rows) in enumerate(
         zip(group["names"], group["params"], blocks, strict=True)
     ):
-        parts = pieces(name, parameter.shape)
+        parts = pieces(name, parameter.shape, first_expert)
         for piece in parts:
             own_rows = rows if len(parts) == 1 else piece.shape[:1]
             views.append(View(piece, index, piece.start, own_rows))

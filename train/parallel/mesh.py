@@ -22,6 +22,18 @@ Group = Any  # a process group, or None for this rank alone
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """How masters and moments of a kind of weights are shared out: `size` ranks of `group` hold each a part,
+    this one part `rank`; every part is held, and its update repeated, by `holders` ranks."""
+
+    name: str  # "dense" or "experts"
+    group: Group
+    size: int
+    rank: int
+    holders: int
+
+
+@dataclass(frozen=True)
 class Mesh:
     """This rank's place. Groups of one rank are None, those of all ranks are the default group.
 
@@ -52,8 +64,19 @@ class Mesh:
         return self.rank % self.cp_size
 
     @property
-    def zero_rank(self) -> int:
-        return self.rank % self.zero_size
+    def dense(self) -> Sharing:
+        """Of all that is not a routed expert."""
+        size = self.zero_size
+        return Sharing("dense", self.zero, size, self.rank % size, self.world // size)
+
+    @property
+    def experts(self) -> Sharing:
+        """Of routed experts: among the ranks that hold the same ones."""
+        return Sharing("experts", self.replicas, self.world // self.ep_size, self.rank // self.ep_size, 1)
+
+    def first_expert(self, experts: int) -> int:
+        """Number of this rank's first expert where the model has so many."""
+        return self.ep_rank * (experts // self.ep_size)
 
     @property
     def data_rank(self) -> int:

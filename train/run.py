@@ -212,7 +212,8 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
     dtype = getattr(torch, config.precision.compute_dtype)
     if config.parallel.engine == "torch":
         return TorchEngine(model, config.optim, dtype, config.train.compile)
-    return ZeroEngine(model, config.optim, dtype, config.train.compile, config.zero_stage(ranks.world))
+    stage = config.zero_stage(ranks.world)
+    return ZeroEngine(model, config.optim, dtype, stage=stage, compiled=config.train.compile)
 
 
 def _check_ranks(config: RunConfig, ranks: Ranks) -> None:

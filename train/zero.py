@@ -89,7 +89,7 @@ class ZeroEngine(Engine):
         exact = [group.pop("masters") for group in groups]
         self.optimizer = HybridOptimizer(groups)
         self.deepspeed, self.zero = _initialize(wrapped, self.optimizer, stage, self.mesh)
-        self._take(exact, [layout.size for layout in layouts])
+        self._take(exact, [layout.size for layout in layouts[: len(groups)]])
         self.optimizer.param_groups += own
         self.deepspeeds = len(groups)  # the first groups are DeepSpeed's
         if self.shards is not None:
@@ -132,13 +132,14 @@ class ZeroEngine(Engine):
         return clip_grad_norm_per_set(groups, self.clip_norm, grads, self._sum_over_ranks)
 
     def _update(self) -> None:
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = groups[: self.deepspeeds]
         self.deepspeed.step()
         if self.shards is not None:
-            groups = self.optimizer.param_groups
             self.optimizer.param_groups = groups[self.deepspeeds :]
             self.optimizer.step()
-            self.optimizer.param_groups = groups
             self.shards.weights_to_holders(self._sharded())
+        self.optimizer.param_groups = groups
 
     def _forget_gradients(self) -> None:
         self.zero.zero_grad()

@@ -33,7 +33,7 @@ from train.parallel.mesh import Sharing
 
 def sharded_names(model: ForCausalLM) -> list[str]:
     """Full names of the weights that are sharded: the layers' matrices, apart from experts."""
-    return [name for _, layer in _layers(model) for name in _own_names(layer)]
+    return [name for prefix, layer in _layers(model) for name in _own_names(prefix, layer)]
 
 
 def sum_of_slices(x: Tensor, group: Any) -> Tensor:
@@ -63,7 +63,7 @@ class Unit:
     def __init__(self, prefix: str, layer: DecoderLayer, ranks: int):
         self.places: list[Place] = []
         end = 0
-        for name in _own_names(layer, prefix):
+        for name in _own_names(prefix, layer):
             owner, _, attribute = name.removeprefix(prefix).rpartition(".")
             module = layer.get_submodule(owner)
             shape = module.get_parameter(attribute).shape
@@ -234,6 +234,6 @@ def _layers(model: ForCausalLM) -> Iterator[tuple[str, DecoderLayer]]:
             yield f"{name}.", module
 
 
-def _own_names(layer: DecoderLayer, prefix: str = "") -> list[str]:
+def _own_names(prefix: str, layer: DecoderLayer) -> list[str]:
     names = [f"{prefix}{name}" for name, _ in layer.named_parameters()]
     return [name for name in names if not is_expert(name) and not stays_fp32(name)]

@@ -110,7 +110,7 @@ def fill(model: ForCausalLM, name: str, values: Tensor, seed: int) -> Tensor:
 
 
 def fill_buffers(model: ForCausalLM, device: torch.device) -> None:
-    """Put the buffers' first values on `device`, wherever they were: hash tables, and balancing biases of 0."""
+    """Put the buffers' first values on `device`: hash tables, and balancing biases of zero."""
     config = model.config
     experts, k = config.n_routed_experts, config.num_experts_per_tok
     for layer, moe in enumerate(model.moes()):

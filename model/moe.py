@@ -116,7 +116,7 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and back. `send` starts what `receive` ends: rows may travel meanwhile."""
+    """Brings tokens to their experts and back. `send` starts what `receive` ends; rows travel meanwhile."""
 
     def send(self, x: Tensor, routing: Routing) -> Dispatched: ...
 

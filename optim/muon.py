@@ -200,10 +200,14 @@ class HybridOptimizer(torch.optim.Optimizer):
             state[kind] = torch.zeros(shape, dtype=torch.float32, device=device)
         return state[kind]
 
-    def named_state(self) -> dict[str, Tensor]:
-        """Weights and moments by `<kind>.<key of the piece>`; all but the AdamW steps share memory."""
+    def named_state(self, share: bool = False) -> dict[str, Tensor]:
+        """Weights and moments by `<kind>.<key of the piece>`; all but the AdamW steps share memory.
+
+        `share`: of pieces that several ranks hold (`holders` of a group, of which this is `holder`), only
+        those whose turn is this rank's, so that each is there once over all ranks.
+        """
         named: dict[str, Tensor] = {}
-        for view, kind, tensor in self._named_tensors():
+        for view, kind, tensor in self._named_tensors(share):
             named[f"{kind}.{view.piece.key}"] = tensor
         return named
 
@@ -238,10 +242,11 @@ class HybridOptimizer(torch.optim.Optimizer):
                 if (step := loaded.get(f"step.{view.piece.key}")) is not None:
                     self.state[group["params"][view.param]]["step"] = step.clone()
 
-    def _named_tensors(self) -> Iterator[tuple[View, str, Tensor]]:
+    def _named_tensors(self, share: bool) -> Iterator[tuple[View, str, Tensor]]:
         for group in self.param_groups:
             params = [parameter.detach() for parameter in group["params"]]
-            for view in group["views"]:
+            holder, holders = (group.get("holder", 0), group.get("holders", 1)) if share else (0, 1)
+            for view in group["views"][holder::holders]:
                 yield view, "weight", view.of(params)
                 for kind, tensor in self.state.get(group["params"][view.param], {}).items():
                     yield view, kind, tensor.clone() if kind == "step" else view.of([tensor] * len(params))
@@ -280,7 +285,9 @@ def clip_grad_norm_per_set(
             by_set.setdefault(group["set"], []).extend(own)
             shares = squares_of.setdefault(group["set"], [])
             shares += [_sum_of_squares(own) / group.get("holders", 1)] if own else []
-    squares = torch.stack([sum(shares, torch.zeros((), dtype=torch.float64)) for shares in squares_of.values()])
+    squares = torch.stack(
+        [sum(shares, torch.zeros((), dtype=torch.float64)) for shares in squares_of.values()]
+    )
     norms = sum_over_ranks(squares).sqrt().float()
     for own, norm in zip(by_set.values(), norms, strict=True):
         if max_norm < math.inf and own:

@@ -6,6 +6,7 @@ ranks): one expert's matrix, a block of rows of a vocabulary table, or a whole p
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections import Counter
@@ -135,12 +136,12 @@ def _runs(views: list[View], ranks: int) -> list[list[View]]:
 
 def _knapsack(parameters: list[list[View]], ranks: int) -> list[list[View]]:
     bins: list[list[View]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
+    loads = [(0, rank) for rank in range(ranks)]  # a heap: the lightest first
     sizes = [sum(view.piece.numel for view in parameter) for parameter in parameters]
     for number in sorted(range(len(parameters)), key=lambda i: -sizes[i]):
-        lightest = min(range(ranks), key=load.__getitem__)
+        load, lightest = loads[0]
         bins[lightest] += parameters[number]
-        load[lightest] += sizes[number]
+        heapq.heapreplace(loads, (load + sizes[number], lightest))
     return bins
 
 

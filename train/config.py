@@ -244,6 +244,9 @@ class RunConfig:
             self._check_lengths(phase)
             self._check_weights(phase)
         self._check_vocabulary()
+        kept = not self.parallel.shard_dense or self.train.recompute == "full"
+        rule = "full with parallel.shard_dense=true, or backward would keep every gathered layer"
+        _require(kept, "train.recompute", self.train.recompute, rule)
         decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
@@ -256,6 +259,27 @@ class RunConfig:
     def zero_stage(self, world: int) -> int:
         """The ZeRO stage for so many ranks."""
         return self.parallel.zero_stage or (1 if world == 1 else 2)
+
+    def check_ranks(self, world: int) -> None:
+        """Raise ConfigError when so many ranks cannot run this, naming the key to change; no torch."""
+        parallel, experts = self.parallel, self.model.n_routed_experts
+        if parallel.engine == "torch" and world > 1:
+            raise ConfigError(
+                "parallel.engine is torch, which is for one process; use parallel=zero under torchrun"
+            )
+        for key in ("ep", "cp", "zero_ranks"):
+            size = getattr(parallel, key) or 1
+            rule = f"a divisor of the number of ranks, {world}"
+            _require(world % size == 0, f"parallel.{key}", size, rule)
+        rule = f"a divisor of model.n_routed_experts = {experts}"
+        _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, rule)
+        sharers = world // parallel.cp
+        sequences = min(phase.sequences(phase.first) for phase in self.timeline)
+        if sharers > sequences:
+            raise ConfigError(
+                f"train.batch_tokens: a step has {sequences} sequences, fewer than the {sharers} ranks that"
+                f" take some; use {sharers * self.train.seq_len} or more, or raise parallel.cp"
+            )
 
     @cached_property
     def timeline(self) -> Timeline:

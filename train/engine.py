@@ -79,7 +79,7 @@ class Engine(ABC):
         Weights, moments and the random number generators' states are on one rank each, buffers on all.
         """
         buffers = {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
-        return {**self.optimizer.named_state(), **buffers, **self._generators()}
+        return {**self.optimizer.named_state(share=True), **buffers, **self._generators()}
 
     def state_to_load(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The tensors that a saved state, with these keys and shapes, is to be read into.

@@ -36,6 +36,7 @@ from train.parallel.expert import reduce_rounded, share_experts
 from train.parallel.mesh import Mesh, Sharing, build_mesh
 
 BUCKET = 2**27  # most numbers that are reduced at once
+MOST_FILLER, ONE_HOST = 0.05, 8  # ZeRO goes over so many ranks as leave less filler, or over one host's
 SHARDED = "sharded"  # name of groups that are not DeepSpeed's
 
 
@@ -228,6 +229,25 @@ class _LossesOnly(nn.Module):
         return filler
 
 
+def zero_ranks(model: ForCausalLM, config: OptimConfig, world: int) -> int:
+    """Over how many of `world` ranks the masters of all but experts are partitioned.
+
+    Matrices stay whole, so that more ranks would have less to hold and more filler; beyond that, groups of
+    ranks repeat each other's updates (V4 report, on ZeRO for Muon). `model` may be on the meta device.
+    """
+    groups = build_groups(model.named_parameters(), model.config, config)
+    sizes = [size for size in range(world, 0, -1) if world % size == 0]
+    return next(size for size in sizes if size <= ONE_HOST or dense_filler(groups, size) < MOST_FILLER)
+
+
+def dense_filler(groups: list[dict[str, Any]], ranks: int) -> float:
+    """Filler over numbers of `build_groups` without experts, partitioned over so many ranks in bf16."""
+    split = _split(groups, torch.bfloat16, 2, set(), Mesh(0, ranks, zero_size=ranks), 0)
+    dense = [group["views"] for group in split if group["name"] == "dense"]
+    filler = sum(lay_out(views, ranks).filler for views in dense)
+    return filler / sum(view.piece.numel for views in dense for view in views)
+
+
 def _narrowed(model: nn.Module, name: str, parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     """The parameter with these values; a new one in its place where it was on the meta device."""
     if not parameter.is_meta:
@@ -274,7 +294,8 @@ def _split(
             key = (kind, group["algorithm"], group["set"], dtype, unit)
             if key not in split:
                 split[key] = {**group, "params": [], "names": [], "views": [], "dtype": dtype}
-                split[key] |= {"name": kind, "sharing": sharing, "holders": sharing.holders}
+                split[key] |= {"name": kind, "sharing": sharing}
+                split[key] |= {"holders": sharing.holders, "holder": sharing.holder}
                 split[key].pop("blocks", None)
             target = split[key]
             if not target["names"] or target["names"][-1] != name:

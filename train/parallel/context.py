@@ -20,6 +20,9 @@ from torch import Tensor
 from model.layout import WholeSequence
 from model.norm import widen
 
+# torch 2.13 has the new name for it and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class SequenceParts(WholeSequence):
     """The part `rank` of `size` of every row; `group` holds the ranks of all parts in their order."""
@@ -80,7 +83,7 @@ class _Every(torch.autograd.Function):
     def forward(ctx, x: Tensor, parts: SequenceParts) -> Tensor:  # type: ignore[override]
         ctx.parts = parts
         out = x.new_empty(parts.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=parts.group)
+        _all_gather(out, x.contiguous(), group=parts.group)
         return out.unflatten(0, (parts.size, -1)).transpose(0, 1).flatten(1, 2)
 
     @staticmethod

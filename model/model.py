@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.attention import AttentionMode
 from model.block import DecoderLayer, stream_head
 from model.config import ModelConfig
-from model.layout import build_layout, positions_from_documents
+from model.layout import WholeSequence, build_layout, positions_from_documents
 from model.loss import linear_cross_entropy
 from model.moe import MoE, balance_loss
 from model.mtp import MultiTokenPredictor
@@ -43,6 +43,7 @@ class ForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.context = WholeSequence()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer_type, mlp_type)
@@ -71,12 +72,16 @@ class ForCausalLM(nn.Module):
         [B, S], contiguous, negative on padding; `position_ids` [B, S] restart in each (derived from the
         documents if absent). `next_ids` [B, S, P]: token t + 2 + k of the same document or -100
         (derived from labels if absent). `replay`: expert indices [B, S, K] to use, one per MoE.
+
+        Under context parallelism all arguments but `replay` are whole rows; what is computed and returned is
+        the part of `self.context`.
         """
         if position_ids is None:
             position_ids = positions_from_documents(
                 torch.zeros_like(input_ids) if document_ids is None else document_ids
             )
-        layout = build_layout(self.config, position_ids, document_ids)
+        layout = build_layout(self.config, position_ids, document_ids, self.context)
+        input_ids = self.context.part(input_ids)
         choices = list(replay) if replay is not None else [None] * len(self.moes())
         routings = []
         streams = (
@@ -89,22 +94,20 @@ class ForCausalLM(nn.Module):
 
         losses: dict[str, LossPart] = {}
         if labels is not None:
-            losses["lm"] = linear_cross_entropy(hidden, self.lm_head.weight, labels)
+            losses["lm"] = linear_cross_entropy(hidden, self.lm_head.weight, self.context.part(labels))
             if self.mtp:
-                targets = [
-                    labels,
-                    *(further_ids(labels, len(self.mtp)) if next_ids is None else next_ids).unbind(-1),
-                ]
+                further = further_ids(labels, len(self.mtp)) if next_ids is None else next_ids
+                targets = [self.context.part(ids) for ids in (labels, *further.unbind(-1))]
                 parts = []
                 for depth, (mtp, choice) in enumerate(
                     zip(self.mtp, choices[len(self.layers) :], strict=True)
                 ):
                     ids = targets[depth].clamp(min=0)
-                    streams, further, routing = mtp(
+                    streams, predicted, routing = mtp(
                         streams, self.embed_tokens(ids), layout, ids, _flat(choice)
                     )
                     routings.append(routing)
-                    parts.append(linear_cross_entropy(further, self.lm_head.weight, targets[depth + 1]))
+                    parts.append(linear_cross_entropy(predicted, self.lm_head.weight, targets[depth + 1]))
                 losses["mtp"] = _add(parts)
             learned = [r for r, moe in zip(routings, self.moes(), strict=True) if not moe.gate.is_hash]
             balance = [balance_loss(routing, layout) for routing in learned]

@@ -223,16 +223,31 @@ def balance_loss(routing: Routing, layout: Layout) -> Tensor:
     the number of real tokens is their mean. Counts are integers: no rounding, no atomics.
     """
     experts, k = routing.affinities.shape[-1], routing.indices.shape[-1]
-    shape = layout.positions.shape
-    chosen = F.one_hot(routing.indices, experts).sum(1).view(*shape, experts)  # [B, S, E] int64
-    running = F.pad(chosen.cumsum(dim=1), (0, 0, 1, 0))  # [B, S + 1, E]
-    last = layout.last.unsqueeze(-1).expand_as(chosen)
-    length = layout.positions.gather(1, layout.last) + 1  # [B, S] of each token's document
-    first = (layout.last + 1 - length).unsqueeze(-1).expand_as(chosen)
-    count = running.gather(1, last + 1) - running.gather(1, first)  # [B, S, E] in each token's document
-    frequency = count * (experts / k) / length.unsqueeze(-1)  # f_i
+    chosen = F.one_hot(routing.indices, experts).sum(1).view(*layout.positions.shape, experts)  # int64
+    length = (layout.last - layout.first + 1).unsqueeze(-1)  # [B, S, 1] of each token's document
+    frequency = _document_counts(chosen, layout) * (experts / k) / length  # f_i
     share = routing.affinities / routing.affinities.sum(-1, keepdim=True)
     return ((frequency * share.view_as(frequency)).sum(-1) * layout.real).sum()
+
+
+def _document_counts(chosen: Tensor, layout: Layout) -> Tensor:
+    """chosen [B, S, E] by each token -> [B, S, E] by all tokens of its document, in other parts too."""
+    context, length = layout.context, chosen.shape[1]
+    begin = context.rank * length
+    running = F.pad(chosen.cumsum(dim=1), (0, 0, 1, 0))  # [B, S + 1, E]
+    first = (layout.first - begin).clamp(min=0).unsqueeze(-1).expand_as(chosen)
+    after = (layout.last - begin + 1).clamp(max=length).unsqueeze(-1).expand_as(chosen)
+    count = running.gather(1, after) - running.gather(1, first)
+    if context.size == 1:
+        return count
+    # Only the documents of a part's first and last token can reach into others.
+    edge, mine = (torch.stack((x[:, 0], x[:, -1]), dim=1) for x in (layout.first.unsqueeze(-1), count))
+    mine[:, 1] *= edge[:, 1] != edge[:, 0]  # one document, counted once
+    edges, counts = context.gather(torch.cat((edge, mine), dim=-1)).split([1, chosen.shape[-1]], dim=-1)
+    for document in edge.unbind(1):  # [B, 1]
+        total = (counts * (edges == document.unsqueeze(1))).sum(1, keepdim=True)  # [B, 1, E]
+        count = torch.where((layout.first == document).unsqueeze(-1), total, count)
+    return count
 
 
 def expert_loads(indices: Tensor, experts: int, real: Tensor) -> Tensor:

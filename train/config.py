@@ -316,9 +316,26 @@ class RunConfig:
             rate = model.compress_rates[kind]
             rule = f"at least model.compress_rates.{kind} = {rate}, or these layers never compress anything"
             _require(seq_len >= rate, key, seq_len, rule)
+        self._check_parts(seq_len, key)
         depth = model.num_nextn_predict_layers
         rule = f"less than {key} - 1 = {seq_len - 1}"
         _require(depth < seq_len - 1, "model.num_nextn_predict_layers", depth, rule)
+
+    def _check_parts(self, seq_len: int, key: str) -> None:
+        """A rank's part of a sequence reaches back into the part before it, not further."""
+        parts, model = self.parallel.cp, self.model
+        if parts == 1:
+            return
+        rule = f"a multiple of parallel.cp = {parts}"
+        _require(seq_len % parts == 0, key, seq_len, rule)
+        reach = {"model.sliding_window": model.sliding_window}
+        for kind, times in (("heavily_compressed_attention", 1), ("compressed_sparse_attention", 2)):
+            if kind in model.layer_types:
+                name = f"model.compress_rates.{kind}"
+                reach[f"{times} · {name}" if times > 1 else name] = times * model.compress_rates[kind]
+        name, least = max(reach.items(), key=lambda item: item[1])
+        rule = f"parallel.cp · {name} = {parts * least} or more"
+        _require(seq_len >= parts * least, key, seq_len, rule)
 
     def _check_vocabulary(self) -> None:
         """Every id that the tokenizer can make has a row in the embedding."""

@@ -22,7 +22,7 @@ from model.flops import count_parameters
 from model.hf import save_pretrained
 from model.init import initialize
 from model.model import ForCausalLM
-from train import checkpoint
+from train import checkpoint, recompute
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.evaluate import evaluate
@@ -208,7 +208,7 @@ def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
     """The model with its initial weights, in the engine that the configuration names."""
     with ranks.device:
         model = ForCausalLM(config.model)
-    initialize(model, config.train.seed)
+    recompute.apply(initialize(model, config.train.seed), config.train.recompute)
     dtype = getattr(torch, config.precision.compute_dtype)
     if config.parallel.engine == "torch":
         return TorchEngine(model, config.optim, dtype, config.train.compile)

@@ -5,8 +5,9 @@ Legend: B batch, S sequence, D hidden, N streams, V vocabulary, K experts per to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ from model.norm import RMSNorm
 LossPart = tuple[Tensor, Tensor]  # sum, count
 
 
+def _call(block: Callable[..., Any], *inputs: Any) -> Any:
+    return block(*inputs)
+
+
 @dataclass(frozen=True)
 class ModelOutput:
     """`losses`: part -> (sum, count), so that uneven ranks and micro-batches add up exactly.
@@ -39,6 +44,8 @@ class ModelOutput:
 
 class ForCausalLM(nn.Module):
     """The whole model. Parameters are empty until `model.init.initialize` or a checkpoint fills them."""
+
+    around: Callable[..., Any] = staticmethod(_call)  # runs layers and MTP blocks: (block, *inputs)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -88,7 +95,7 @@ class ForCausalLM(nn.Module):
             self.embed_tokens(input_ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         )  # [B, S, N, D]
         for layer, choice in zip(self.layers, choices, strict=False):
-            streams, routing = layer(streams, layout, input_ids, mode, _flat(choice))
+            streams, routing = self.around(layer, streams, layout, input_ids, mode, _flat(choice))
             routings.append(routing)
         hidden = self.norm(self.hc_head(streams))  # [B, S, D]
 
@@ -103,8 +110,8 @@ class ForCausalLM(nn.Module):
                     zip(self.mtp, choices[len(self.layers) :], strict=True)
                 ):
                     ids = targets[depth].clamp(min=0)
-                    streams, predicted, routing = mtp(
-                        streams, self.embed_tokens(ids), layout, ids, _flat(choice)
+                    streams, predicted, routing = self.around(
+                        mtp, streams, self.embed_tokens(ids), layout, ids, _flat(choice)
                     )
                     routings.append(routing)
                     parts.append(linear_cross_entropy(predicted, self.lm_head.weight, targets[depth + 1]))

@@ -20,8 +20,9 @@ from data.config import Shape
 from data.opening import Data, open_data
 from model.flops import count_parameters
 from model.init import initialize
+from model.layout import WholeSequence
 from model.model import ForCausalLM
-from train import checkpoint
+from train import checkpoint, recompute
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.evaluate import evaluate
@@ -228,6 +229,7 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
     dtype, train, parallel = getattr(torch, config.precision.compute_dtype), config.train, config.parallel
     with device if parallel.engine == "torch" else torch.device("meta"):
         model = ForCausalLM(config.model)
+    recompute.apply(model, train.recompute)
     if mesh.cp_size > 1:
         model.context = SequenceParts(mesh.cp, mesh.cp_rank, mesh.cp_size)
     if parallel.engine == "torch":

@@ -56,7 +56,9 @@ def losses_and_gradients(
     """Sums and counts of all loss parts, chosen experts, gradients of a weighted sum."""
     out = model(**batch, mode=mode)
     sum(w * out.losses[part][0] for w, part in zip((1.0, 0.3, 0.1), out.losses, strict=True)).backward()
-    values = torch.stack([torch.stack([x.double() for x in part]) for part in out.losses.values()]).detach()  # [parts, 2]
+    values = torch.stack(
+        [torch.stack([x.double() for x in part]) for part in out.losses.values()]
+    ).detach()  # [parts, 2]
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return values, out.expert_indices, grads
 

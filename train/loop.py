@@ -27,8 +27,9 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on this rank's sequences [B, S]; returns what is logged about it, over all ranks.
 
-    Ranks that share sequences take the same ones, whole: each counts what lies in its part. Loss parts come as sums; each is divided by its count over the whole step, so that neither the number of
-    ranks nor of micro-batches nor their padding changes anything.
+    Ranks that share sequences out take them whole, and count what lies in their part. Loss parts come as
+    sums; each is divided by its count over the whole step, so that neither the number of ranks nor of
+    micro-batches nor their padding changes anything.
     """
     timer = timer or Timer(ranks.device)
     weights, lr = loss_weights(config, step), lr_at(step, config.train.steps, config.optim)

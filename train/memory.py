@@ -27,8 +27,10 @@ from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
 from train import recompute
 from train.config import RunConfig
+from train.parallel.mesh import Mesh
 
 GIB = 2**30
+ALONE = Mesh()
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS on Hopper: one for the thread of forward, one for that of backward
 SATURATED = 2**27  # numbers; more matrices of one shape add nothing to what Muon works on at once
 
@@ -115,9 +117,9 @@ class Tracker(TorchDispatchMode):
         return self.live
 
 
-def predict(config: RunConfig, world: int = 1, buckets: int = 0) -> Memory:
-    """The memory of each rank of a run over `world` ranks whose engine reduces in `buckets` bytes."""
-    return Memory(**_apart_from_activations(config, world, buckets), activations=_activations(config))
+def predict(config: RunConfig, mesh: Mesh = ALONE, buckets: int = 0) -> Memory:
+    """The memory of each rank of a run on `mesh` whose engine reduces in `buckets` bytes."""
+    return Memory(**_apart_from_activations(config, mesh.world, buckets), activations=_activations(config))
 
 
 def _apart_from_activations(config: RunConfig, world: int, buckets: int) -> dict[str, Any]:

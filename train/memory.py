@@ -185,7 +185,7 @@ def micro_batch_peak(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int
     with Tracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
-            recompute.apply(model, config.train.recompute)
+            recompute.apply(model, config.recompute)
             ids = torch.zeros(shape, dtype=torch.int64)
             further = torch.zeros(*shape, model_config.num_nextn_predict_layers, dtype=torch.int64)
         for parameter in model.parameters():

@@ -2,8 +2,8 @@
 
     python -m tests.bench.memory [--out FILE]                      every case below, each in its own process
     python -m tests.bench.memory [--out FILE] experiment=nano ...  one case: Hydra overrides, as for training
-    python -m tests.bench.memory --recompute [--out FILE] [...]    one micro-batch a step with each train.recompute:
-                                                                   ref_1b7 at two lengths, or these overrides
+    python -m tests.bench.memory --recompute [--out FILE] [...]    steps of 1 micro-batch, each recomputation:
+                                                                   ref_1b7 at two lengths or these overrides
 
 Every line of JSON has the prediction by category and, for every stage, its seconds and the most bytes that
 were allocated to tensors and reserved from the driver: `build` (the engine), then in every step `micro_1` and

@@ -60,8 +60,8 @@ class Step:
         self.rows = -(-train.batch_tokens // (train.seq_len * mesh.data_world))  # on a rank, padding included
         self.micro_batches = -(-self.rows // train.micro_batch)
         self.dtype = getattr(torch, config.precision.compute_dtype)
-        self.repeats = train.recompute != "none"  # all that selective recomputation does not keep
-        self.repeats_experts = train.recompute == "full"
+        self.repeats = config.recompute != "none"  # all that selective recomputation does not keep
+        self.repeats_experts = config.recompute == "full"
 
     def experts(self) -> Iterator[tuple[str, int]]:
         """Rows go and come back, in forward and in backward; weights go; counts go in forward only."""
@@ -80,7 +80,7 @@ class Step:
         mesh, model, seq_len = self.mesh, self.config.model, self.config.train.seq_len
         if mesh.cp_size == 1:
             return
-        parts = SequenceParts(None, 0, mesh.cp_size)
+        parts = SequenceParts(mesh)
         slots = build_layout(model, torch.zeros(1, seq_len, device="meta"), context=parts).slots
         rows, size = mesh.world * self.rows, self.dtype.itemsize
         reaching = rows // mesh.cp_size * (mesh.cp_size - 1)  # rows with a part after this one
@@ -123,7 +123,7 @@ class Step:
                 yield "weights", own * group["dtype"].itemsize
                 rounded = sharing.name == "experts" and parallel.expert_gradients == "bfloat16"
                 times = self.micro_batches if stage == 2 else 1
-                flat = own * sharing.size
+                flat = own * sharing.size - mesh.world * layout.filler  # which has no gradients
                 yield f"gradients, {sharing.name}", trained * times * flat * (2 if rounded else 4)
 
     def shards(self) -> Iterator[tuple[str, int]]:

@@ -26,7 +26,7 @@ from model.layout import build_layout
 from model.model import ForCausalLM
 from train import cli
 from train.config import RunConfig
-from train.parallel.context import SequenceParts
+from train.parallel.context import context_of
 from train.parallel.dense import DenseShards, sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh
@@ -80,7 +80,7 @@ class Step:
         mesh, model, seq_len = self.mesh, self.config.model, self.config.train.seq_len
         if mesh.cp_size == 1:
             return
-        parts = SequenceParts(mesh)
+        parts = context_of(mesh)
         slots = build_layout(model, torch.zeros(1, seq_len, device="meta"), context=parts).slots
         rows, size = mesh.world * self.rows, self.dtype.itemsize
         reaching = rows // mesh.cp_size * (mesh.cp_size - 1)  # rows with a part after this one

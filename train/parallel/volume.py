@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from configs.compose import compose
 from model.attention import Attention
@@ -174,12 +172,9 @@ def main(argv: list[str]) -> None:
     config.check_ranks(ranks)
     tokens = config.train.batch_tokens
     found = volume(config, mesh_of(config, ranks))
-    table = Table("sent in a step", *(f"{unit}" for unit in ("GB", "MB a rank", "kB a token")))
+    print(f"{'sent in a step':18}{'GB':>14}{'MB a rank':>16}{'kB a token':>13}")
     for purpose, count in (*found.items(), ("all", sum(found.values()))):
-        table.add_row(
-            purpose, *(f"{x:,.3f}" for x in (count / 1e9, count / ranks / 1e6, count / tokens / 1e3))
-        )
-    Console().print(table)
+        print(f"{purpose:18}{count / 1e9:14,.3f}{count / ranks / 1e6:16,.3f}{count / tokens / 1e3:13,.3f}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,13 @@ def spawn(
         "from tests.distributed.ranks import joined\n"
         f"getattr(importlib.import_module({module!r}), {function!r})(joined({device!r}), *sys.argv[1:])\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     environment["RENDEZVOUS"] = str(folder / f"rendezvous-{function}-{world}-{len(list(folder.iterdir()))}")
     processes = [
         subprocess.Popen(

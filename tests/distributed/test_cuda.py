@@ -50,7 +50,7 @@ def test_rows_that_travel_come_back(ranks: Ranks) -> None:
     moe.gate.e_score_correction_bias[0], moe.gate.e_score_correction_bias[-6:] = 10.0, -10.0
     for name in ("experts", "shared_experts"):
         getattr(moe, name).to(torch.bfloat16)
-    far = AllToAllDispatcher(16, dist.group.WORLD)
+    far = AllToAllDispatcher(16, dist.group.WORLD, ranks.world)
     for _ in range(20):
         x = torch.randn(4, 2048, 512, device=ranks.device, dtype=torch.bfloat16)
         expected, found = passed(moe, LocalDispatcher(16), x), passed(moe, far, x)

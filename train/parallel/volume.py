@@ -37,8 +37,8 @@ What the ranks send in one step: python -m train.parallel.volume ranks=N [KEY=VA
   ranks=N           how many ranks; the other arguments are those of python -m train
 
 Example:
-  python -m train.parallel.volume ranks=64 experiment=ref_1b7 model=v4_flash data=python_v4 \\
-      parallel=ep8 train.batch_tokens=4194304 train.micro_batch=4
+  python -m train.parallel.volume ranks=64 model=v4_flash data=python_v4 precision=bf16 parallel=ep8 \\
+      train.seq_len=4096 train.batch_tokens=4194304 train.micro_batch=1 train.recompute=selective
 """
 
 

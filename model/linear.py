@@ -40,6 +40,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, kind: Kind) -> Te
     stay uninitialised). Nothing is copied to the host.
     """
     weight = weight.to(x.dtype)
+    if not len(x):  # CUDA's product of no rows has no backward; this one's gradients are zeros
+        return F.linear(x, weight[0])
     if x.dtype == torch.float64:  # torch has no grouped product in fp64
         return _grouped_linear_masked(x, weight, offsets)
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)

@@ -120,8 +120,11 @@ def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     memory = predict(config, make_mesh(config, ranks), bucket_bytes(config, ranks))
     found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world, "batch_tokens": tokens}
     found |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__}
-    numbers = {name: value for name, value in vars(memory).items() if isinstance(value, int)}  # no groups
-    found |= {"predicted": numbers, "predicted_total": memory.total, "error": None}
+    found |= {
+        "predicted": {k: n for k, n in vars(memory).items() if k != "mesh"},
+        "predicted_total": memory.total,
+        "error": None,
+    }
     measured: dict[str, dict[str, float]] = {}
     try:
         with nullcontext() if cuda else Tracker("cpu") as tracker:

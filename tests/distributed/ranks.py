@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def spawn(world: int, module: str, function: str, *arguments: str, folder: Path) -> list[str]:
+def spawn(
+    world: int, module: str, function: str, *arguments: str, folder: Path, device: str = "cpu"
+) -> list[str]:
     """Outputs of `module.function(ranks, *arguments)` on every rank; fails if any of them does.
 
     Ranks meet through a file in `folder`, so that tests that run at once need no ports.
@@ -18,9 +20,15 @@ def spawn(world: int, module: str, function: str, *arguments: str, folder: Path)
     code = (
         "import sys, importlib\n"
         "from tests.distributed.ranks import joined\n"
-        f"getattr(importlib.import_module({module!r}), {function!r})(joined(), *sys.argv[1:])\n"
+        f"getattr(importlib.import_module({module!r}), {function!r})(joined({device!r}), *sys.argv[1:])\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     environment["RENDEZVOUS"] = str(folder / f"rendezvous-{function}-{world}-{len(list(folder.iterdir()))}")
     processes = [
         subprocess.Popen(
@@ -40,14 +48,17 @@ def spawn(world: int, module: str, function: str, *arguments: str, folder: Path)
     return outputs
 
 
-def joined():
-    """This process's Ranks."""
+def joined(device: str):
+    """This process's Ranks; on GPUs one has each its own."""
     import torch.distributed as dist
 
     from train.ranks import join
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{os.environ['RENDEZVOUS']}",
+        rank=rank,
+        world_size=world,
     )
-    return join("cpu")
+    return join(device)

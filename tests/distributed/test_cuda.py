@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.linear import grouped_linear
 from model.moe import LocalDispatcher, MoE
 from tests.distributed.test_zero import LENGTH, ROWS, config_of, skewed_model
 from tests.tiny import packed_batch, relative, tiny_config
@@ -50,7 +51,7 @@ def test_rows_that_travel_come_back(ranks: Ranks) -> None:
     moe.gate.e_score_correction_bias[0], moe.gate.e_score_correction_bias[-6:] = 10.0, -10.0
     for name in ("experts", "shared_experts"):
         getattr(moe, name).to(torch.bfloat16)
-    far = AllToAllDispatcher(16, dist.group.WORLD)
+    far = AllToAllDispatcher(16, dist.group.WORLD, 1)
     for _ in range(20):
         x = torch.randn(4, 2048, 512, device=ranks.device, dtype=torch.bfloat16)
         expected, found = passed(moe, LocalDispatcher(16), x), passed(moe, far, x)
@@ -62,7 +63,7 @@ def test_no_rows_at_all(ranks: Ranks) -> None:
     weight = torch.randn(4, 64, 64, device=ranks.device, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.randn(0, 64, device=ranks.device, dtype=torch.bfloat16, requires_grad=True)
     ends = torch.zeros(4, dtype=torch.int32, device=ranks.device)
-    out = torch.nn.functional.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    out = grouped_linear(rows, weight, ends, "expert")
     out.sum().backward()
     assert out.shape == (0, 64) and weight.grad is not None and not weight.grad.any()
 

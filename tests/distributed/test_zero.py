@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,7 +29,6 @@ MODULE = "tests.distributed.test_zero"
 LENGTH = 72
 ROWS = [[72], [17, 23, 20], [5], [12, 9, 19, 24], [31, 8, 25], [1, 63, 8], [3, 3], [26, 33]]
 LOSSES = ("lm", "mtp", "balance")
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class Case(NamedTuple):
@@ -57,7 +56,8 @@ def config_of(algorithm: str) -> RunConfig:
     """Before the first layer all streams are equal: parts of its mixing have no gradient but rounding. `eps`
     is large enough to keep AdamW from scaling that up."""
     config = run_config(batch_rows=len(ROWS), micro=2, length=LENGTH)
-    return replace(config, optim=OptimConfig(name=algorithm, lr=1e-3, warmup_steps=0, eps=1e-4))
+    options: dict[str, Any] = {"lr": 1e-3, "warmup_steps": 0, "eps": 1e-4, "newton_schulz_dtype": "float32"}
+    return replace(config, optim=OptimConfig(name=algorithm, **options))
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
@@ -121,12 +121,13 @@ def compare(ranks: Ranks, text: str) -> None:
     for case in (Case(*values) for values in json.loads(text)):
         config, compute = config_of(case.algorithm), getattr(torch, case.dtype)
         if (case.algorithm, case.dtype) not in known:
-            bare = TorchEngine(skewed_model(config.model), config.optim, compute)
-            known[case.algorithm, case.dtype] = three_steps(bare, whole, config, ALONE, case)
+            bare = TorchEngine(skewed_model(config.model).to(ranks.device), config.optim, compute)
+            alone = Ranks(0, 1, ranks.device)
+            known[case.algorithm, case.dtype] = three_steps(bare, whole, config, alone, case)
         mesh = build_mesh(ranks.rank, ranks.world, **case.mesh)
         each = len(ROWS) // mesh.data_world  # the same micro-batches as in one process
         mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
-        model = skewed_model(config.model)
+        model = skewed_model(config.model).to(ranks.device)
         model.context = context_of(mesh)
         zero = ZeroEngine(model, config.optim, compute, stage=case.stage, mesh=mesh, shard_dense=case.dense)
         ours, theirs = three_steps(zero, mine, config, ranks, case), known[case.algorithm, case.dtype]
@@ -148,7 +149,11 @@ def round_experts(ranks: Ranks) -> None:
     config, case = config_of("adamw"), Case("adamw")
     whole = packed_batch(ROWS, LENGTH, depth=1, vocab=90)
     exact = three_steps(
-        TorchEngine(skewed_model(config.model), config.optim, torch.float32), whole, config, ALONE, case
+        TorchEngine(skewed_model(config.model), config.optim, torch.float32),
+        whole,
+        config,
+        Ranks(0, 1, ranks.device),
+        case,
     )
     mesh = build_mesh(ranks.rank, ranks.world, ep=2)
     mine = {name: x[mesh.data_rank * 2 :][:2] for name, x in whole.items()}
@@ -165,8 +170,8 @@ def test_rounded_gradients_of_experts(tmp_path: Path) -> None:
     spawn(4, MODULE, "round_experts", folder=tmp_path)
 
 
-def run(cases: list[Case], world: int, folder: Path) -> None:
-    spawn(world, MODULE, "compare", json.dumps(cases), folder=folder)
+def run(cases: list[Case], world: int, folder: Path, device: str = "cpu") -> None:
+    spawn(world, MODULE, "compare", json.dumps(cases), folder=folder, device=device)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -200,3 +205,17 @@ def test_repeated_updates_and_sharded_dense_weights(tmp_path: Path) -> None:
 def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:
     cases = [Case("adamw", stage=stage, dtype="bfloat16") for stage in (1, 2)]
     run([*cases, Case("adamw", dtype="bfloat16", dense=True)], 2, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_mesh_of_gpus_equals_one(world: int, tmp_path: Path) -> None:
+    """Over NCCL, one process a GPU."""
+    if world > torch.cuda.device_count():
+        pytest.skip(f"needs {world} GPUs")
+    sizes = [size for size in (1, 2, 4, 8) if size <= world]
+    meshes = [{"ep": ep, "cp": cp} for ep in sizes for cp in sizes if cp <= 4]  # 18 tokens a part, window 16
+    cases = [Case("muon", mesh) for mesh in meshes] + [Case("adamw", mesh, stage=1) for mesh in meshes]
+    cases += [Case("muon", {"zero": size}, dense=True) for size in sizes]
+    cases += [Case("adamw", {"ep": world}, dtype="bfloat16", dense=dense) for dense in (False, True)]
+    run(cases, world, tmp_path, "cuda")

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from configs.compose import compose
 from model.attention import Attention
@@ -26,7 +24,7 @@ from model.layout import build_layout
 from model.model import ForCausalLM
 from train import cli
 from train.config import RunConfig
-from train.parallel.context import SequenceParts
+from train.parallel.context import context_of
 from train.parallel.dense import DenseShards, sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh
@@ -60,8 +58,8 @@ class Step:
         self.rows = -(-train.batch_tokens // (train.seq_len * mesh.data_world))  # on a rank, padding included
         self.micro_batches = -(-self.rows // train.micro_batch)
         self.dtype = getattr(torch, config.precision.compute_dtype)
-        self.repeats = train.recompute != "none"  # all that selective recomputation does not keep
-        self.repeats_experts = train.recompute == "full"
+        self.repeats = config.recompute != "none"  # all that selective recomputation does not keep
+        self.repeats_experts = config.recompute == "full"
 
     def experts(self) -> Iterator[tuple[str, int]]:
         """Rows go and come back, in forward and in backward; weights go; counts go in forward only."""
@@ -80,7 +78,7 @@ class Step:
         mesh, model, seq_len = self.mesh, self.config.model, self.config.train.seq_len
         if mesh.cp_size == 1:
             return
-        parts = SequenceParts(None, 0, mesh.cp_size)
+        parts = context_of(mesh)
         slots = build_layout(model, torch.zeros(1, seq_len, device="meta"), context=parts).slots
         rows, size = mesh.world * self.rows, self.dtype.itemsize
         reaching = rows // mesh.cp_size * (mesh.cp_size - 1)  # rows with a part after this one
@@ -123,7 +121,7 @@ class Step:
                 yield "weights", own * group["dtype"].itemsize
                 rounded = sharing.name == "experts" and parallel.expert_gradients == "bfloat16"
                 times = self.micro_batches if stage == 2 else 1
-                flat = own * sharing.size
+                flat = own * sharing.size - mesh.world * layout.filler  # which has no gradients
                 yield f"gradients, {sharing.name}", trained * times * flat * (2 if rounded else 4)
 
     def shards(self) -> Iterator[tuple[str, int]]:
@@ -174,12 +172,9 @@ def main(argv: list[str]) -> None:
     config.check_ranks(ranks)
     tokens = config.train.batch_tokens
     found = volume(config, mesh_of(config, ranks))
-    table = Table("sent in a step", *(f"{unit}" for unit in ("GB", "MB a rank", "kB a token")))
+    print(f"{'sent in a step':18}{'GB':>14}{'MB a rank':>16}{'kB a token':>13}")
     for purpose, count in (*found.items(), ("all", sum(found.values()))):
-        table.add_row(
-            purpose, *(f"{x:,.3f}" for x in (count / 1e9, count / ranks / 1e6, count / tokens / 1e3))
-        )
-    Console().print(table)
+        print(f"{purpose:18}{count / 1e9:14,.3f}{count / ranks / 1e6:16,.3f}{count / tokens / 1e3:13,.3f}")
 
 
 if __name__ == "__main__":

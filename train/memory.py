@@ -3,11 +3,14 @@
 Weights, masters, gradients and moments are sums over the model's shapes. What a micro-batch and a step of the
 optimizer add is measured: model and optimizer run on the meta device, where tensors have shapes and no
 numbers, while a `Tracker` adds up what lives. CUDA is not touched.
+
+    python -m train.memory [KEY=VALUE ...] ranks=N    the table of such a run over N ranks, on GPUs of 80 GB
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,11 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs.compose import compose
 from configs.errors import ConfigError
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
@@ -32,7 +37,7 @@ from train.parallel import standins
 from train.parallel.dense import sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh
-from train.zero import SHARDED, partition
+from train.zero import SHARDED, partition, zero_ranks
 
 GIB = 2**30
 ALONE = Mesh()
@@ -52,7 +57,7 @@ class Memory:
     scratch      the most that the optimizer's step adds
     buffers      of ZeRO's reduction and of libraries
     build        before any of these but masters: weights as they are initialised, all in fp32; under ZeRO
-                 in their own dtypes, beside what DeepSpeed copies them and the masters into
+                 in their own dtypes, beside what DeepSpeed copies the masters into
     """
 
     weights: int
@@ -166,7 +171,7 @@ def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str,
     sharded = set(sharded_names(model)) if config.parallel.shard_dense else set()
     groups, layouts = partition(model, config.optim, dtype, stage, sharded, mesh)
     found = dict.fromkeys(("weights", "masters", "gradients", "moments", "buffers"), 0)
-    flat = scratch = slices = owned = 0
+    scratch = slices = owned = 0
     for group, layout in zip(groups, layouts, strict=True):
         own, whole = layout.size, layout.size * group["sharing"].size
         trains = group["set"] == "model"
@@ -179,7 +184,6 @@ def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str,
             found["weights"] += group["dtype"].itemsize * whole
             numbers = own if stage == 2 else (whole - layout.filler) * trains
             found["gradients"] += 4 * numbers
-            flat = max(flat, group["dtype"].itemsize * whole)
             if stage == 2:  # each micro-batch's, then added to the sums
                 found["buffers"] += 4 * numbers
             if group["holders"] > 1:  # added up over those who repeat the update
@@ -190,7 +194,7 @@ def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str,
             scratch = max(scratch, _scratch(group, most))
     found["gradients"] += 4 * slices
     found["scratch"] = 4 * owned + max(scratch, 4 * (slices + owned) if slices else 0)  # to the owners
-    found["build"] = found["weights"] + flat + found["masters"]  # a copy of each before DeepSpeed's
+    found["build"] = found["weights"] + found["masters"]  # once more; weights flatten on the host at need
     return found
 
 
@@ -344,3 +348,24 @@ def _less(config: RunConfig, key: str) -> Sequence[Any]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def main(overrides: list[str]) -> None:
+    """Print what a run over so many ranks needs, without starting anything."""
+    from train.ranks import Ranks
+    from train.run import bucket_bytes
+
+    given = dict(override.partition("=")[::2] for override in overrides)
+    world = int(given.pop("ranks", 1))
+    config = compose([f"{key}={value}" for key, value in given.items()])
+    config.check_ranks(world)
+    parallel = config.parallel
+    with torch.device("meta"):
+        zero = parallel.zero_ranks or zero_ranks(ForCausalLM(config.model), config.optim, world)
+    mesh = Mesh(0, world, parallel.ep, parallel.cp, zero)
+    memory = predict(config, mesh, bucket_bytes(config, Ranks(0, world, torch.device("cuda"))))
+    Console().print(table(memory, 80 * 10**9))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

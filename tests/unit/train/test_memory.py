@@ -26,6 +26,7 @@ from train import recompute
 from train.config import ParallelConfig, PrecisionConfig, RunConfig
 from train.engine import Engine, TorchEngine
 from train.memory import WORKSPACES, Memory, Tracker, micro_batch_peak, predict, refuse_if_too_large, table
+from train.parallel.mesh import Mesh, build_mesh
 from train.ranks import Ranks
 
 QUICK: dict[str, Any] = {"num_nextn_predict_layers": 0, "hc_sinkhorn_iters": 1}
@@ -174,9 +175,9 @@ def test_depth_is_extrapolated_exactly(monkeypatch: pytest.MonkeyPatch, how: str
     whole = micro_batch_peak(config, kinds)
     depths = []
 
-    def recorded(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int:
+    def recorded(config: RunConfig, kinds: Sequence[tuple[str, str]], *options: Any) -> int:
         depths.append(len(kinds))
-        return micro_batch_peak(config, kinds)
+        return micro_batch_peak(config, kinds, *options)
 
     monkeypatch.setattr(train.memory, "micro_batch_peak", recorded)
     assert predict(config).activations == whole
@@ -239,40 +240,67 @@ def test_scratch_is_that_of_an_optimizer(optimizer: str) -> None:
 
 def test_ranks_share_all_but_weights_and_activations() -> None:
     config = replace(run_config(dtype="bfloat16", steps=8, n_routed_experts=64), parallel=ParallelConfig())
-    one, four = predict(config), predict(config, 4)
-    assert (four.weights, four.activations) == (one.weights, one.activations)
-    assert 4 * four.masters == pytest.approx(one.masters, abs=16)
-    assert 4 * four.moments == pytest.approx(one.moments, abs=16)
-    assert four.gradients < one.gradients / 3.9 and four.accumulates
-    assert not predict(config, 8).accumulates
-    assert predict(config, 4, buckets=1000).total == four.total + 1000
+    one, four = predict(config), predict(config, zero_over(4))
+    assert four.activations == one.activations
+    for shared, whole in ((four.weights, one.weights), (4 * four.masters, one.masters)):
+        assert whole <= shared < 1.1 * whole  # filler
+    assert one.moments <= 4 * four.moments < 1.1 * one.moments
+    assert four.gradients < one.gradients / 3.6 and four.accumulates
+    assert not predict(config, zero_over(8)).accumulates
+    assert predict(config, zero_over(4), buckets=1000).total == four.total + 1000
 
 
-def zero_peak(ranks: Ranks) -> None:
-    """Prints this rank's peak of two steps beside the prediction, in bytes."""
+def zero_over(world: int) -> Mesh:
+    return Mesh(0, world, zero_size=world)
+
+
+def zero_peak(ranks: Ranks, ep: str = "1", how: str = "none", dense: str = "") -> None:
+    """Prints this rank's peak of two steps beside the prediction, in bytes, and those of start-up."""
     from train.zero import ZeroEngine
 
-    config = replace(run_config(dtype="bfloat16", n_routed_experts=200), parallel=ParallelConfig())
+    shared = ParallelConfig(ep=int(ep), shard_dense=bool(dense))
+    config = recomputing(run_config(dtype="bfloat16", n_routed_experts=200), how)
+    config = replace(config, parallel=shared)
+    mesh = build_mesh(ranks.rank, ranks.world, shared.ep)
     with Tracker("cpu") as tracker:
-        model = initialize(ForCausalLM(config.model), 0)
-        engine = ZeroEngine(model, config.optim, torch.bfloat16, stage=config.zero_stage(ranks.world))
-        tracker.restart()  # `initialize` and ZeRO's beginning, of which runs of any size have enough
+        with torch.device("meta"):
+            model = recompute.apply(ForCausalLM(config.model), config.recompute)
+        engine = ZeroEngine(
+            model,
+            config.optim,
+            torch.bfloat16,
+            stage=config.zero_stage(ranks.world),
+            mesh=mesh,
+            shard_dense=shared.shard_dense,
+            device=torch.device("cpu"),
+        )
+        started = tracker.restart()
         for _ in range(2):  # moments are made in the first step
             one_micro_batch(engine, config, last=False)
             one_micro_batch(engine, config)
             engine.step(0.01)
-    every = sum(parameter.numel() for parameter in model.parameters())
-    print("PEAK", tracker.peak, predict(config, ranks.world, buckets=4 * every).total - WORKSPACES)
+    every = sum(parameter.numel() for parameter in engine.deepspeed.module.parameters())
+    memory = predict(config, mesh, buckets=4 * every)
+    print("PEAK", tracker.peak, memory.total - WORKSPACES)
+    print("START", started, memory.weights + memory.masters)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_zero_keeps_to_the_prediction(world: int, tmp_path: Path) -> None:
-    """Stage 1 on one rank, stage 2 on two: what DeepSpeed allocates is known from here only."""
-    outputs = spawn(world, "tests.unit.train.test_memory", "zero_peak", folder=tmp_path)
-    peaks = [line.split()[1:] for text in outputs for line in text.splitlines() if line.startswith("PEAK")]
-    assert len(peaks) == world
-    for measured, predicted in peaks:
-        assert 0.99 < int(predicted) / int(measured) < 1.05
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [(1, ()), (2, ()), (2, ("2",)), (2, ("2", "selective")), (2, ("1", "full", "dense"))],
+)
+def test_zero_keeps_to_the_prediction(world: int, options: tuple[str, ...], tmp_path: Path) -> None:
+    """Stage 1 on one rank, stage 2 on two: what DeepSpeed allocates is known from here only.
+
+    With recomputation stage 2 errs on the safe side: its gradients of a micro-batch come after the peak.
+    """
+    outputs = spawn(world, "tests.unit.train.test_memory", "zero_peak", *options, folder=tmp_path)
+    lines = [line.split() for text in outputs for line in text.splitlines()]
+    for kind, least, most in (("PEAK", 0.99, 1.25 if len(options) > 1 else 1.05), ("START", 0.98, 1.01)):
+        found = [line[1:] for line in lines if line[:1] == [kind]]
+        assert len(found) == world
+        for measured, predicted in found:
+            assert least < int(predicted) / int(measured) < most
 
 
 def test_total_is_the_largest_of_three_moments() -> None:
@@ -285,7 +313,7 @@ def test_total_is_the_largest_of_three_moments() -> None:
         scratch=50,
         buffers=1,
         build=0,
-        world=1,
+        mesh=Mesh(),
         accumulates=True,
     )
     assert (memory.states, memory.total) == (30, 131)
@@ -335,7 +363,7 @@ def test_refusal_offers_recomputing() -> None:
 def test_refusal_counts_ranks() -> None:
     base = run_config("ss", "bfloat16", rows=1, steps=12, moe_intermediate_size=4000, **QUICK)
     config = replace(base, parallel=ParallelConfig())
-    needs = {world: predict(config, world).total for world in (1, 2, 3)}
+    needs = {world: predict(config, zero_over(world)).total for world in (1, 2, 3)}
     assert needs[3] < needs[2] < needs[1]
     assert "2 ranks" in refusal(config, needs[2])
     assert "3 ranks" in refusal(config, needs[2] - 1)
@@ -347,7 +375,7 @@ def test_a_cpu_refuses_states_only() -> None:
     config = run_config("ss", "bfloat16", n_routed_experts=2000, moe_intermediate_size=480, **QUICK)
     config = replace(config, parallel=ParallelConfig(), optim=replace(config.optim, name="adamw"))
     memory = predict(config)
-    assert memory.states < memory.total and predict(config, 2).total < memory.states
+    assert memory.states < memory.total and predict(config, zero_over(2)).total < memory.states
     refuse_if_too_large(memory, memory.states, config, states_only=True)
     assert refusal(config, memory.states - 1, states_only=True).endswith("; use a smaller model")
 

@@ -39,7 +39,7 @@ class Attention(nn.Module):
         )
         self.layer_type = layer_type
         self.heads, self.channels, self.groups, self.eps = heads, channels, config.o_groups, eps
-        self.window = config.sliding_window
+        self.window = 0 if layer_type == "full_attention" else config.sliding_window
         self.rope_kind = "main" if layer_type == "sliding_attention" else "compress"
         self.q_a_proj = Linear(dim, config.q_lora_rank, "attention")
         self.q_a_norm = RMSNorm(config.q_lora_rank, eps)
@@ -64,8 +64,8 @@ class Attention(nn.Module):
         q = apply_rope(rms_norm(q, eps=self.eps), per_head)  # [B, S, H, C]
         kv = apply_rope(self.kv_norm(self.kv_proj(x)), (cos, sin))  # [B, S, C]
         entries, visible = self._far(x, q_latent, kv, layout, mode)
-        window = 0 if self.layer_type == "full_attention" else self.window
-        out = shared_kv_attention(q, kv, entries, visible, self.sinks, layout.positions, window)
+        (kv,) = layout.context.extended(self.window, kv)
+        out = shared_kv_attention(q, kv, entries, visible, self.sinks, layout.positions, self.window)
         out = apply_rope(out, per_head, inverse=True)
         return self.o_b_proj(self.o_a_proj(out.flatten(2)))
 
@@ -74,9 +74,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """What lies beyond the window: entries [B, T, C] and who sees them [B, S, T]."""
         if self.layer_type == "full_attention":
-            token = torch.arange(kv.shape[1], device=kv.device)
-            start = (token - layout.positions).unsqueeze(-1)  # [B, S, 1] of each token's document
-            return kv, (token >= start) & (token <= token.unsqueeze(-1))
+            kv = layout.context.gather(kv)
+            token, start = torch.arange(kv.shape[1], device=kv.device), layout.first.unsqueeze(-1)
+            return kv, (token >= start) & (token <= start + layout.positions.unsqueeze(-1))
         if self.layer_type not in COMPRESSED:
             return None, None
         slots = layout.slots[self.layer_type]

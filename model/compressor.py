@@ -1,6 +1,6 @@
 """Compression of the token sequence into entries, one per m tokens, for CSA, HCA and the indexer.
 
-Legend: B batch, S sequence, D hidden, T compressed slots, m rate, C channels of an entry.
+Legend: B batch, S sequence, D hidden, T compressed slots of the row, m rate, C channels of an entry.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, slots: Slots) -> Tensor:
         """x [B, S, D] -> entries [B, T, C]; slots that hold no entry carry garbage, to be masked."""
+        kv, gate = slots.context.extended(slots.halo, self.kv_proj(x), self.gate_proj(x))
         chained = slots.chained if self.overlap else None
-        pooled = gated_pool(self.kv_proj(x), self.gate_proj(x), self.position_bias, slots.tokens, chained)
-        return apply_rope(self.kv_norm(pooled), slots.rotation)
+        pooled = gated_pool(kv, gate, self.position_bias, slots.tokens, chained)[:, slots.lead :]
+        return slots.context.gather(apply_rope(self.kv_norm(pooled), slots.rotation), slots.order)

@@ -92,29 +92,33 @@ TABLE: tuple[tuple[str, Fill, str], ...] = (
 def initialize(model: ForCausalLM, seed: int) -> ForCausalLM:
     """Fill every parameter and buffer of `model` in place, on whatever device they are."""
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        fill(name, parameter, model.config, seed, owner.first if isinstance(owner, Experts) else None)
-    experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
-    for layer, moe in enumerate(model.moes()):
-        if moe.gate.is_hash:
-            table = hash_table(model.config.vocab_size, experts, k, model.config.hash_seed + layer)
-            moe.gate.tid2eid.copy_(table)
-        else:
-            moe.gate.e_score_correction_bias.zero_()
+        fill(model, name, parameter, seed)
+    fill_buffers(model, model.lm_head.weight.device)
     return model
 
 
 @torch.no_grad()
-def fill(
-    name: str, parameter: Tensor, config: ModelConfig, seed: int, first_expert: int | None = None
-) -> None:
-    """Fill one parameter of this full name in place; a stack of experts is numbered from `first_expert`."""
-    rule = _fill_for(name)
-    if first_expert is None:
-        rule(parameter, config, _generator(f"{seed}/{name}", parameter.device))
-        return
-    for number, matrix in enumerate(parameter, start=first_expert):
-        rule(matrix, config, _generator(f"{seed}/{name}/{number}", parameter.device))
+def fill(model: ForCausalLM, name: str, values: Tensor, seed: int) -> Tensor:
+    """Fill `values`, of the shape of `model`'s parameter of this full name, in place; returns them."""
+    owner, rule = model.get_submodule(name.rpartition(".")[0]), _fill_for(name)
+    if not isinstance(owner, Experts):
+        rule(values, model.config, _generator(f"{seed}/{name}", values.device))
+        return values
+    for number, matrix in enumerate(values, start=owner.first):
+        rule(matrix, model.config, _generator(f"{seed}/{name}/{number}", values.device))
+    return values
+
+
+def fill_buffers(model: ForCausalLM, device: torch.device) -> None:
+    """Put the buffers' first values on `device`: hash tables, and balancing biases of zero."""
+    config = model.config
+    experts, k = config.n_routed_experts, config.num_experts_per_tok
+    for layer, moe in enumerate(model.moes()):
+        if moe.gate.is_hash:
+            table = hash_table(config.vocab_size, experts, k, config.hash_seed + layer)
+            moe.gate.tid2eid = table.to(device)
+        else:
+            moe.gate.e_score_correction_bias = torch.zeros(experts, device=device)
 
 
 def _fill_for(name: str) -> Fill:

@@ -5,8 +5,9 @@ Legend: B batch, S sequence, D hidden, N streams, V vocabulary, K experts per to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from model.attention import AttentionMode
 from model.block import DecoderLayer, stream_head
 from model.config import ModelConfig
-from model.layout import build_layout, positions_from_documents
+from model.layout import WholeSequence, build_layout, positions_from_documents
 from model.loss import linear_cross_entropy
 from model.moe import MoE, balance_loss
 from model.mtp import MultiTokenPredictor
 from model.norm import RMSNorm
 
 LossPart = tuple[Tensor, Tensor]  # sum, count
+
+
+def _call(block: Callable[..., Any], *inputs: Any) -> Any:
+    return block(*inputs)
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,12 @@ class ModelOutput:
 class ForCausalLM(nn.Module):
     """The whole model. Parameters are empty until `model.init.initialize` or a checkpoint fills them."""
 
+    around: Callable[..., Any] = staticmethod(_call)  # runs layers and MTP blocks: (block, *inputs)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.context = WholeSequence()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer_type, mlp_type)
@@ -71,40 +79,42 @@ class ForCausalLM(nn.Module):
         [B, S], contiguous, negative on padding; `position_ids` [B, S] restart in each (derived from the
         documents if absent). `next_ids` [B, S, P]: token t + 2 + k of the same document or -100
         (derived from labels if absent). `replay`: expert indices [B, S, K] to use, one per MoE.
+
+        Under context parallelism all arguments but `replay` are whole rows; what is computed and returned is
+        the part of `self.context`.
         """
         if position_ids is None:
             position_ids = positions_from_documents(
                 torch.zeros_like(input_ids) if document_ids is None else document_ids
             )
-        layout = build_layout(self.config, position_ids, document_ids)
+        layout = build_layout(self.config, position_ids, document_ids, self.context)
+        input_ids = self.context.part(input_ids)
         choices = list(replay) if replay is not None else [None] * len(self.moes())
         routings = []
         streams = (
             self.embed_tokens(input_ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         )  # [B, S, N, D]
         for layer, choice in zip(self.layers, choices, strict=False):
-            streams, routing = layer(streams, layout, input_ids, mode, _flat(choice))
+            streams, routing = self.around(layer, streams, layout, input_ids, mode, _flat(choice))
             routings.append(routing)
         hidden = self.norm(self.hc_head(streams))  # [B, S, D]
 
         losses: dict[str, LossPart] = {}
         if labels is not None:
-            losses["lm"] = linear_cross_entropy(hidden, self.lm_head.weight, labels)
+            losses["lm"] = linear_cross_entropy(hidden, self.lm_head.weight, self.context.part(labels))
             if self.mtp:
-                targets = [
-                    labels,
-                    *(further_ids(labels, len(self.mtp)) if next_ids is None else next_ids).unbind(-1),
-                ]
+                further = further_ids(labels, len(self.mtp)) if next_ids is None else next_ids
+                targets = [self.context.part(ids) for ids in (labels, *further.unbind(-1))]
                 parts = []
                 for depth, (mtp, choice) in enumerate(
                     zip(self.mtp, choices[len(self.layers) :], strict=True)
                 ):
                     ids = targets[depth].clamp(min=0)
-                    streams, further, routing = mtp(
-                        streams, self.embed_tokens(ids), layout, ids, _flat(choice)
+                    streams, predicted, routing = self.around(
+                        mtp, streams, self.embed_tokens(ids), layout, ids, _flat(choice)
                     )
                     routings.append(routing)
-                    parts.append(linear_cross_entropy(further, self.lm_head.weight, targets[depth + 1]))
+                    parts.append(linear_cross_entropy(predicted, self.lm_head.weight, targets[depth + 1]))
                 losses["mtp"] = _add(parts)
             learned = [r for r, moe in zip(routings, self.moes(), strict=True) if not moe.gate.is_hash]
             balance = [balance_loss(routing, layout) for routing in learned]

@@ -7,6 +7,7 @@ R = n * K routed rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class Router(nn.Module):
         return Routing(affinities, indices, weights)
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """Rows x[source] for a `source` in which every row of x stands K times; backward gathers too.
 
     inverse [n, K] are the positions of row i's copies, so that its gradient is a sum of K gathered rows:
@@ -86,7 +87,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The transpose of `_Permute`: y_i = sum of the K rows at inverse[i]."""
+    """The transpose of `Permute`: y_i = sum of the K rows at inverse[i]."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, source: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
@@ -114,13 +115,24 @@ class Dispatched:
     inverse: Tensor  # [n, K] row of each choice
 
 
+class Dispatcher(Protocol):
+    """Brings tokens to their experts and back. `send` starts what `receive` ends; rows travel meanwhile."""
+
+    def send(self, x: Tensor, routing: Routing) -> Dispatched: ...
+
+    def receive(self, sent: Any) -> Dispatched: ...
+
+    def combine(self, rows: Tensor, sent: Any) -> Tensor: ...
+
+
 class LocalDispatcher:
     """All experts on this rank: sort the choices by expert, no host synchronisation, no token dropped."""
 
     def __init__(self, experts: int):
         self.experts = experts
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+    def send(self, x: Tensor, routing: Routing) -> Dispatched:
+        """Tokens x [n, D] to the experts that `routing` chose."""
         choices = routing.indices.flatten()  # [R]
         by_expert, order = choices.sort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -128,12 +140,16 @@ class LocalDispatcher:
         bounds = torch.arange(self.experts, device=choices.device, dtype=choices.dtype)
         source = order // routing.indices.shape[1]
         return Dispatched(
-            rows=_Permute.apply(x, source, inverse),
+            rows=Permute.apply(x, source, inverse),
             weights=routing.weights.flatten().index_select(0, order),
             offsets=torch.searchsorted(by_expert, bounds, right=True, out_int32=True),
             source=source,
             inverse=inverse,
         )
+
+    def receive(self, sent: Dispatched) -> Dispatched:
+        """What this rank's experts work on."""
+        return sent
 
     def combine(self, rows: Tensor, sent: Dispatched) -> Tensor:
         """Expert outputs [R, D], already weighted -> sums per token [n, D]."""
@@ -186,15 +202,16 @@ class MoE(nn.Module):
         self.gate = Router(config, mlp_type)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
-        self.dispatcher = LocalDispatcher(config.n_routed_experts)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
 
     def forward(self, x: Tensor, input_ids: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x [B, S, D], input_ids [B, S] -> [B, S, D] and what was chosen."""
         tokens = x.flatten(0, 1)
         routing = self.gate(tokens, input_ids.flatten(), replay)
-        sent = self.dispatcher.dispatch(tokens, routing)
+        sent = self.dispatcher.send(tokens, routing)
         shared = self.shared_experts(tokens)
-        routed = self.dispatcher.combine(self.experts(sent), sent)
+        arrived = self.dispatcher.receive(sent)
+        routed = self.dispatcher.combine(self.experts(arrived), arrived)
         return (routed + shared).view_as(x), routing
 
 
@@ -206,16 +223,31 @@ def balance_loss(routing: Routing, layout: Layout) -> Tensor:
     the number of real tokens is their mean. Counts are integers: no rounding, no atomics.
     """
     experts, k = routing.affinities.shape[-1], routing.indices.shape[-1]
-    shape = layout.positions.shape
-    chosen = F.one_hot(routing.indices, experts).sum(1).view(*shape, experts)  # [B, S, E] int64
-    running = F.pad(chosen.cumsum(dim=1), (0, 0, 1, 0))  # [B, S + 1, E]
-    last = layout.last.unsqueeze(-1).expand_as(chosen)
-    length = layout.positions.gather(1, layout.last) + 1  # [B, S] of each token's document
-    first = (layout.last + 1 - length).unsqueeze(-1).expand_as(chosen)
-    count = running.gather(1, last + 1) - running.gather(1, first)  # [B, S, E] in each token's document
-    frequency = count * (experts / k) / length.unsqueeze(-1)  # f_i
+    chosen = F.one_hot(routing.indices, experts).sum(1).view(*layout.positions.shape, experts)  # int64
+    length = (layout.last - layout.first + 1).unsqueeze(-1)  # [B, S, 1] of each token's document
+    frequency = _document_counts(chosen, layout) * (experts / k) / length  # f_i
     share = routing.affinities / routing.affinities.sum(-1, keepdim=True)
     return ((frequency * share.view_as(frequency)).sum(-1) * layout.real).sum()
+
+
+def _document_counts(chosen: Tensor, layout: Layout) -> Tensor:
+    """chosen [B, S, E] by each token -> [B, S, E] by all tokens of its document, in other parts too."""
+    context, length = layout.context, chosen.shape[1]
+    begin = context.rank * length
+    running = F.pad(chosen.cumsum(dim=1), (0, 0, 1, 0))  # [B, S + 1, E]
+    first = (layout.first - begin).clamp(min=0).unsqueeze(-1).expand_as(chosen)
+    after = (layout.last - begin + 1).clamp(max=length).unsqueeze(-1).expand_as(chosen)
+    count = running.gather(1, after) - running.gather(1, first)
+    if context.size == 1:
+        return count
+    # Only the documents of a part's first and last token can reach into others.
+    edge, mine = (torch.stack((x[:, 0], x[:, -1]), dim=1) for x in (layout.first.unsqueeze(-1), count))
+    mine[:, 1] *= edge[:, 1] != edge[:, 0]  # one document, counted once
+    edges, counts = context.gather(torch.cat((edge, mine), dim=-1)).split([1, chosen.shape[-1]], dim=-1)
+    for document in edge.unbind(1):  # [B, 1]
+        total = (counts * (edges == document.unsqueeze(1))).sum(1, keepdim=True)  # [B, 1, E]
+        count = torch.where((layout.first == document).unsqueeze(-1), total, count)
+    return count
 
 
 def expert_loads(indices: Tensor, experts: int, real: Tensor) -> Tensor:

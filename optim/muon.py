@@ -200,10 +200,14 @@ class HybridOptimizer(torch.optim.Optimizer):
             state[kind] = torch.zeros(shape, dtype=torch.float32, device=device)
         return state[kind]
 
-    def named_state(self) -> dict[str, Tensor]:
-        """Weights and moments by `<kind>.<key of the piece>`; all but the AdamW steps share memory."""
+    def named_state(self, share: bool = False) -> dict[str, Tensor]:
+        """Weights and moments by `<kind>.<key of the piece>`; all but the AdamW steps share memory.
+
+        `share`: of pieces that several ranks hold (`holders` of a group, of which this is `holder`), only
+        those whose turn is this rank's, so that each is there once over all ranks.
+        """
         named: dict[str, Tensor] = {}
-        for view, kind, tensor in self._named_tensors():
+        for view, kind, tensor in self._named_tensors(share):
             named[f"{kind}.{view.piece.key}"] = tensor
         return named
 
@@ -238,10 +242,11 @@ class HybridOptimizer(torch.optim.Optimizer):
                 if (step := loaded.get(f"step.{view.piece.key}")) is not None:
                     self.state[group["params"][view.param]]["step"] = step.clone()
 
-    def _named_tensors(self) -> Iterator[tuple[View, str, Tensor]]:
+    def _named_tensors(self, share: bool) -> Iterator[tuple[View, str, Tensor]]:
         for group in self.param_groups:
             params = [parameter.detach() for parameter in group["params"]]
-            for view in group["views"]:
+            holder, holders = (group.get("holder", 0), group.get("holders", 1)) if share else (0, 1)
+            for view in group["views"][holder::holders]:
                 yield view, "weight", view.of(params)
                 for kind, tensor in self.state.get(group["params"][view.param], {}).items():
                     yield view, kind, tensor.clone() if kind == "step" else view.of([tensor] * len(params))
@@ -265,6 +270,7 @@ def clip_grad_norm_per_set(
     Returns set -> norm before clipping, a 0-d fp32 tensor on the gradients' device, without waiting for it.
     A NaN or Inf anywhere in a set makes its norm NaN or Inf: test it before the step, which would spread it.
     Sets stay apart so that the indexer's loss cannot weaken the model's step. Inactive sets are left out.
+    A group's `holders` (1 by default) is the number of ranks that hold the same part of it.
 
     grads           of every group, where they are not its parameters' `.grad`
     sum_over_ranks  adds a 1-D tensor up over the ranks that share the gradients out
@@ -273,10 +279,15 @@ def clip_grad_norm_per_set(
     if grads is None:
         grads = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
     by_set: dict[str, list[Tensor]] = {}
+    squares_of: dict[str, list[Tensor]] = {}
     for group, own in zip(groups, grads, strict=True):
         if group["active"]:
             by_set.setdefault(group["set"], []).extend(own)
-    squares = torch.stack([_sum_of_squares(own) for own in by_set.values()])
+            shares = squares_of.setdefault(group["set"], [])
+            shares += [_sum_of_squares(own) / group.get("holders", 1)] if own else []
+    squares = torch.stack(
+        [sum(shares, torch.zeros((), dtype=torch.float64)) for shares in squares_of.values()]
+    )
     norms = sum_over_ranks(squares).sqrt().float()
     for own, norm in zip(by_set.values(), norms, strict=True):
         if max_norm < math.inf and own:
@@ -284,7 +295,5 @@ def clip_grad_norm_per_set(
     return dict(zip(by_set, norms, strict=True))
 
 
-def _sum_of_squares(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).double().square().sum()
+def _sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32)).double().square().sum()

@@ -6,6 +6,7 @@ ranks): one expert's matrix, a block of rows of a vocabulary table, or a whole p
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections import Counter
@@ -72,14 +73,20 @@ class View(NamedTuple):
         return flat[self.start : self.start + self.piece.numel].view(self.piece.shape)
 
 
-def whole_views(group: dict[str, Any]) -> list[View]:
-    """The views of a group (`optim.groups.build_groups`) whose params are whole parameters."""
+def is_expert(name: str) -> bool:
+    """Whether the parameter of this full name is a stack of routed experts."""
+    return bool(_EXPERTS.fullmatch(name))
+
+
+def whole_views(group: dict[str, Any], first_expert: int = 0) -> list[View]:
+    """The views of a group (`optim.groups.build_groups`) whose params are whole parameters, or stacks of
+    experts numbered from `first_expert`."""
     blocks = group.get("blocks", [()] * len(group["params"]))
     views = []
     for index, (name, parameter, rows) in enumerate(
         zip(group["names"], group["params"], blocks, strict=True)
     ):
-        parts = pieces(name, parameter.shape)
+        parts = pieces(name, parameter.shape, first_expert)
         for piece in parts:
             own_rows = rows if len(parts) == 1 else piece.shape[:1]
             views.append(View(piece, index, piece.start, own_rows))
@@ -129,12 +136,12 @@ def _runs(views: list[View], ranks: int) -> list[list[View]]:
 
 def _knapsack(parameters: list[list[View]], ranks: int) -> list[list[View]]:
     bins: list[list[View]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
+    loads = [(0, rank) for rank in range(ranks)]  # a heap: the lightest first
     sizes = [sum(view.piece.numel for view in parameter) for parameter in parameters]
     for number in sorted(range(len(parameters)), key=lambda i: -sizes[i]):
-        lightest = min(range(ranks), key=load.__getitem__)
+        load, lightest = loads[0]
         bins[lightest] += parameters[number]
-        load[lightest] += sizes[number]
+        heapq.heapreplace(loads, (load + sizes[number], lightest))
     return bins
 
 

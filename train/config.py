@@ -244,6 +244,9 @@ class RunConfig:
             self._check_lengths(phase)
             self._check_weights(phase)
         self._check_vocabulary()
+        kept = not self.parallel.shard_dense or self.train.recompute == "full"
+        rule = "full with parallel.shard_dense=true, or backward would keep every gathered layer"
+        _require(kept, "train.recompute", self.train.recompute, rule)
         decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
@@ -256,6 +259,27 @@ class RunConfig:
     def zero_stage(self, world: int) -> int:
         """The ZeRO stage for so many ranks."""
         return self.parallel.zero_stage or (1 if world == 1 else 2)
+
+    def check_ranks(self, world: int) -> None:
+        """Raise ConfigError when so many ranks cannot run this, naming the key to change; no torch."""
+        parallel, experts = self.parallel, self.model.n_routed_experts
+        if parallel.engine == "torch" and world > 1:
+            raise ConfigError(
+                "parallel.engine is torch, which is for one process; use parallel=zero under torchrun"
+            )
+        for key in ("ep", "cp", "zero_ranks"):
+            size = getattr(parallel, key) or 1
+            rule = f"a divisor of the number of ranks, {world}"
+            _require(world % size == 0, f"parallel.{key}", size, rule)
+        rule = f"a divisor of model.n_routed_experts = {experts}"
+        _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, rule)
+        sharers = world // parallel.cp
+        sequences = min(phase.sequences(phase.first) for phase in self.timeline)
+        if sharers > sequences:
+            raise ConfigError(
+                f"train.batch_tokens: a step has {sequences} sequences, fewer than the {sharers} ranks that"
+                f" take some; use {sharers * self.train.seq_len} or more, or raise parallel.cp"
+            )
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -292,9 +316,26 @@ class RunConfig:
             rate = model.compress_rates[kind]
             rule = f"at least model.compress_rates.{kind} = {rate}, or these layers never compress anything"
             _require(seq_len >= rate, key, seq_len, rule)
+        self._check_parts(seq_len, key)
         depth = model.num_nextn_predict_layers
         rule = f"less than {key} - 1 = {seq_len - 1}"
         _require(depth < seq_len - 1, "model.num_nextn_predict_layers", depth, rule)
+
+    def _check_parts(self, seq_len: int, key: str) -> None:
+        """A rank's part of a sequence reaches back into the part before it, not further."""
+        parts, model = self.parallel.cp, self.model
+        if parts == 1:
+            return
+        rule = f"a multiple of parallel.cp = {parts}"
+        _require(seq_len % parts == 0, key, seq_len, rule)
+        reach = {"model.sliding_window": model.sliding_window}
+        for kind, times in (("heavily_compressed_attention", 1), ("compressed_sparse_attention", 2)):
+            if kind in model.layer_types:
+                name = f"model.compress_rates.{kind}"
+                reach[f"{times} · {name}" if times > 1 else name] = times * model.compress_rates[kind]
+        name, least = max(reach.items(), key=lambda item: item[1])
+        rule = f"parallel.cp · {name} = {parts * least} or more"
+        _require(seq_len >= parts * least, key, seq_len, rule)
 
     def _check_vocabulary(self) -> None:
         """Every id that the tokenizer can make has a row in the embedding."""

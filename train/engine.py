@@ -62,6 +62,7 @@ class Engine(ABC):
         Returns `grad_norm_<set>` before clipping and, where `measure` is set, `update_rms_<algorithm>`, the
         root mean square of the updates at learning rate 1. Nothing is updated when a norm is not finite.
         """
+        self._collect()
         norms = self._clip()
         finite = all(bool(norm.isfinite()) for norm in norms.values())
         if finite:
@@ -78,7 +79,7 @@ class Engine(ABC):
         Weights, moments and the random number generators' states are on one rank each, buffers on all.
         """
         buffers = {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
-        return {**self.optimizer.named_state(), **buffers, **self._generators()}
+        return {**self.optimizer.named_state(share=True), **buffers, **self._generators()}
 
     def state_to_load(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The tensors that a saved state, with these keys and shapes, is to be read into.
@@ -121,14 +122,17 @@ class Engine(ABC):
         sums = torch.zeros(2, len(algorithms), dtype=torch.float64, device=self.model.lm_head.weight.device)
         for group in self.optimizer.param_groups:
             if group["active"] and group.get("square") is not None:
-                column = sums[:, algorithms.index(group["algorithm"])]
-                column[0] += group["square"]
-                column[1] += sum(view.piece.numel for view in group["views"])
+                column, holders = sums[:, algorithms.index(group["algorithm"])], group.get("holders", 1)
+                column[0] += group["square"] / holders
+                column[1] += sum(view.piece.numel for view in group["views"]) / holders
         squares, counts = self._sum_over_ranks(sums)
         return {
             f"update_rms_{algorithm}": (square / count.clamp(min=1)).sqrt()
             for algorithm, square, count in zip(algorithms, squares, counts, strict=True)
         }
+
+    def _collect(self) -> None:  # noqa: B027
+        """Bring the step's gradients to the ranks that update with them; one rank has them."""
 
     @abstractmethod
     def _clip(self) -> dict[str, Tensor]:

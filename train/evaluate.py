@@ -65,6 +65,9 @@ def watched(model: ForCausalLM, found: dict[str, float]) -> Iterator[None]:
     stream_norm/<i>                  root mean square of residual stream i before the head
     indexer_recall/<layer>           and indexer_recall_best/<layer>, of every CSA layer (`indexer_recall`);
                                      means over layers without `/<layer>`; absent where nothing is selected
+                                     and where ranks share sequences: it would take all of them
+
+    Of sequences that ranks share this is about the part held here.
     """
     combs: list[Tensor] = []
     norms: list[Tensor] = []
@@ -80,7 +83,8 @@ def watched(model: ForCausalLM, found: dict[str, float]) -> Iterator[None]:
                 watch(module, "leave", lambda _, output, streams, mix: combs.append(_first_comb(mix)))
         for number, layer in enumerate(model.layers):
             attention = layer.self_attn
-            if isinstance(attention, Attention) and hasattr(attention, "indexer"):
+            shared = model.context.size > 1
+            if isinstance(attention, Attention) and hasattr(attention, "indexer") and not shared:
                 watch(attention, "_far", _recall_into(recalls, str(number), attention))
         yield
     found |= mixing_errors(combs)

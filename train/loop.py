@@ -27,13 +27,14 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on this rank's sequences [B, S]; returns what is logged about it, over all ranks.
 
-    Loss parts come as sums; each is divided by its count over the whole step, so that neither the number of
-    ranks nor of micro-batches nor their padding changes anything.
+    Ranks that share sequences out take them whole, and count what lies in their part. Loss parts come as
+    sums; each is divided by its count over the whole step, so that neither the number of ranks nor of
+    micro-batches nor their padding changes anything.
     """
     timer = timer or Timer(ranks.device)
     weights, lr = loss_weights(config, step), lr_at(step, config.train.steps, config.optim)
-    counts = label_counts(batch, ranks)
-    moes = engine.model.moes()
+    part, moes = engine.model.context.part, engine.model.moes()
+    counts = label_counts({name: part(x) for name, x in batch.items()}, ranks)
     loads = torch.zeros(
         len(moes), config.model.n_routed_experts, dtype=torch.int64, device=ranks.device
     )  # [MoE, E]
@@ -49,7 +50,7 @@ def train_step(
             engine.backward(loss, last=number == len(micros))
         sums += torch.stack(list(parts.values())).detach()
         for load, indices in zip(loads, output.expert_indices, strict=True):
-            load += expert_loads(indices, len(load), micro["document_ids"] >= 0)
+            load += expert_loads(indices, len(load), part(micro["document_ids"]) >= 0)
     measured = (step + 1) % config.train.log_every == 0
     with timer("optimizer"):
         norms = engine.step(lr, measure=measured)

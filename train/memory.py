@@ -25,6 +25,7 @@ from configs.errors import ConfigError
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
+from train import recompute
 from train.config import RunConfig
 
 GIB = 2**30
@@ -182,6 +183,7 @@ def micro_batch_peak(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int
     with Tracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
+            recompute.apply(model, config.train.recompute)
             ids = torch.zeros(shape, dtype=torch.int64)
             further = torch.zeros(*shape, model_config.num_nextn_predict_layers, dtype=torch.int64)
         for parameter in model.parameters():
@@ -248,6 +250,9 @@ def refuse_if_too_large(memory: Memory, available: int, config: RunConfig, state
 def _remedies(memory: Memory, available: int, config: RunConfig) -> Iterator[str]:
     """The least change of each key that makes the run fit, where there is one; then of the ranks."""
     least = replace(memory, activations=0, accumulates=True)
+    choices: dict[str, list[Any]] = {
+        "recompute": [*recompute.CONTEXTS][[*recompute.CONTEXTS, "none"].index(config.train.recompute) + 1 :]
+    }
     for key in ("micro_batch", "seq_len") if least.total <= available else ():
         for smaller in reversed(_divisors(getattr(config.train, key))[:-1]):
             with suppress(ConfigError):  # sequences that the model cannot have

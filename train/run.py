@@ -19,22 +19,25 @@ from configs.errors import ConfigError
 from data.config import Shape
 from data.opening import Data, open_data
 from model.flops import count_parameters
-from model.hf import save_pretrained
 from model.init import initialize
+from model.layout import WholeSequence
 from model.model import ForCausalLM
-from train import checkpoint
+from train import checkpoint, recompute
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.evaluate import evaluate
+from train.export import export
 from train.memory import predict, refuse_if_too_large
 from train.metrics import JsonLines, validation_losses
+from train.parallel.context import SequenceParts
+from train.parallel.mesh import Mesh, build_mesh
 from train.plot import plot_run
 from train.ranks import Ranks, join
 from train.report import Report
 from train.resume import drop_after, find_checkpoint, new_folder, run_of
 from train.sample import generate
 from train.tracking import Tracker
-from train.zero import BUCKET, ZeroEngine
+from train.zero import BUCKET, ZeroEngine, zero_ranks
 
 LOSS_WEIGHTS = ("model.router_aux_loss_coef",)  # of the model's keys, what a resumed run may change
 
@@ -46,6 +49,7 @@ class Run:
     config: RunConfig
     folder: Path
     ranks: Ranks
+    mesh: Mesh
     data: Data
     engine: Engine
     report: Report
@@ -66,7 +70,7 @@ class Run:
     def validate(self) -> None:
         phase = self.config.timeline.at(max(0, self.step - 1))
         sequences = max(1, self.config.train.eval_tokens // phase.seq_len)
-        batches = self.data.valid.one_pass(phase.micro_batch * self.ranks.world, phase.seq_len, sequences)
+        batches = self.data.valid.one_pass(phase.micro_batch * self.mesh.data_world, phase.seq_len, sequences)
         found = evaluate(
             self.engine,
             batches,
@@ -119,47 +123,54 @@ class Run:
 
     def finish(self) -> float:
         """Export the model and close the books; returns the last validation loss."""
-        self.saved()
-        self.ranks.together(self._conclude, only_first=True)
+        saved, text = self.saved(), self._sample()
+        self.ranks.together(lambda: self._conclude(saved, text), only_first=True)
         return self.ranks.share(
             validation_losses(self.folder / "metrics.jsonl")[-1] if self.ranks.first else 0.0
         )
 
-    def _conclude(self) -> None:
-        exported = self._export()
+    def _conclude(self, saved: Path | None, text: str) -> None:
+        exported = self._export(saved)
         plot_run(self.folder)
-        text = self._sample()
+        if text:
+            (self.folder / "sample.txt").write_text(text)
         losses = validation_losses(self.folder / "metrics.jsonl")
         self.tracker.summary(valid_lm=losses[-1], sample=text)
         if (self.folder / "model").is_dir():
             self.tracker.artifact(self.folder / "model")
         self.report.finish(self.folder, losses, text, exported)
 
-    def _export(self) -> str:
-        """Write the weights for others to load; returns where they are, or why there are none."""
+    def _export(self, saved: Path | None) -> str:
+        """Write the last checkpoint's weights for others to load; returns where they are, or why there are
+        none. No rank needs to hold the whole model."""
         folder = self.folder / "model"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that is finished once more
         try:
-            save_pretrained(self.engine.model, folder, {"tokenizer.json": self.data.tokenizer.to_json()})
+            assert saved is not None
+            export(saved, folder, getattr(torch, self.config.precision.compute_dtype))
         except ConfigError as error:  # a baseline that no other library knows
             return f"not exported: {error}"
         return str(folder)
 
     def _sample(self) -> str:
-        train = self.config.train
+        """The same text on every rank: together they hold the model."""
+        train, model = self.config.train, self.engine.model
         if not train.sample_tokens:
             return ""
-        text = generate(
-            self.engine.model,
-            self.data.tokenizer,
-            train.sample_prompt,
-            train.sample_tokens,
-            context=train.seq_len,
-            seed=train.seed,
-            mode=self.config.attention_mode,
-        )
-        (self.folder / "sample.txt").write_text(text)
-        return text
+        parts, model.context = model.context, WholeSequence()  # every rank computes whole sequences
+        try:
+            return generate(
+                model,
+                self.data.tokenizer,
+                train.sample_prompt,
+                train.sample_tokens,
+                context=train.seq_len,
+                seed=train.seed,
+                mode=self.config.attention_mode,
+                agree=self.ranks.share,
+            )
+        finally:
+            model.context = parts
 
     def close(self, exit_code: int) -> None:
         """End what runs beside the training."""
@@ -170,21 +181,21 @@ class Run:
 def open_run(config: RunConfig) -> Run:
     """Everything a run needs, checked and read in the order in which mistakes are cheap."""
     ranks = join(config.train.device)
-    _check_ranks(config, ranks)
+    config.check_ranks(ranks.world)
     report = Report(config.train, quiet=not ranks.first)
     found = ranks.together(lambda: _place(config, report), only_first=True)
     folder, resumed = ranks.share(found)
-    phases = [
-        predict(config.during(phase), ranks.world, bucket_bytes(config, ranks)) for phase in config.timeline
-    ]
+    mesh = make_mesh(config, ranks)
+    buckets = bucket_bytes(config, ranks)
+    phases = [predict(config.during(phase), mesh, buckets) for phase in config.timeline]
     memory = max(phases, key=lambda memory: memory.total)
     available = _available(ranks.device)
     ranks.together(
         lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
     )
-    data = ranks.together(lambda: _open_data(config, ranks, report))
+    data = ranks.together(lambda: _open_data(config, mesh, report))
     torch.manual_seed(config.train.seed + ranks.rank)  # today nothing draws from it, and a change might
-    engine = build_engine(config, ranks)
+    engine = build_engine(config, ranks.device, mesh)
     manifest: dict[str, Any] = {}
     if resumed:
         manifest, state = ranks.together(lambda: _restore(resumed, config, engine, data))
@@ -193,7 +204,7 @@ def open_run(config: RunConfig) -> Run:
     ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
     train = config.train
     saver = checkpoint.Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
-    run = Run(config, folder, ranks, data, engine, report, saver, Tracker(report.warn), step=step)
+    run = Run(config, folder, ranks, mesh, data, engine, report, saver, Tracker(report.warn), step=step)
     if ranks.first:
         run.logs = {name: JsonLines(folder / f"{name}.jsonl") for name in ("metrics", "timing")}
         run_id = run.tracker.start(config, folder, manifest.get("tracking", {}).get("wandb"), step)
@@ -204,28 +215,37 @@ def open_run(config: RunConfig) -> Run:
     return run
 
 
-def build_engine(config: RunConfig, ranks: Ranks) -> Engine:
+def make_mesh(config: RunConfig, ranks: Ranks) -> Mesh:
+    """Who shares what; the sizes have been checked."""
+    parallel, zero = config.parallel, config.parallel.zero_ranks
+    if zero is None:
+        with torch.device("meta"):
+            zero = zero_ranks(ForCausalLM(config.model), config.optim, ranks.world)
+    return build_mesh(ranks.rank, ranks.world, parallel.ep, parallel.cp, zero)
+
+
+def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
     """The model with its initial weights, in the engine that the configuration names."""
-    with ranks.device:
+    dtype, train, parallel = getattr(torch, config.precision.compute_dtype), config.train, config.parallel
+    with device if parallel.engine == "torch" else torch.device("meta"):
         model = ForCausalLM(config.model)
-    initialize(model, config.train.seed)
-    dtype = getattr(torch, config.precision.compute_dtype)
-    if config.parallel.engine == "torch":
-        return TorchEngine(model, config.optim, dtype, config.train.compile)
-    return ZeroEngine(model, config.optim, dtype, config.train.compile, config.zero_stage(ranks.world))
-
-
-def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
-    sequences = min(phase.sequences(phase.first) for phase in config.timeline)
-    if ranks.world > 1 and config.parallel.engine == "torch":
-        raise ConfigError(
-            "parallel.engine is torch, which is for one process; use parallel=zero under torchrun"
-        )
-    if ranks.world > sequences:
-        raise ConfigError(
-            f"train.batch_tokens: a step has {sequences} sequences, fewer than the {ranks.world} ranks;"
-            f" use {ranks.world * config.train.seq_len} or more"
-        )
+    recompute.apply(model, train.recompute)
+    if mesh.cp_size > 1:
+        model.context = SequenceParts(mesh.cp, mesh.cp_rank, mesh.cp_size)
+    if parallel.engine == "torch":
+        return TorchEngine(initialize(model, train.seed), config.optim, dtype, train.compile)
+    return ZeroEngine(
+        model,
+        config.optim,
+        dtype,
+        stage=config.zero_stage(mesh.world),
+        mesh=mesh,
+        compiled=train.compile,
+        rounded=parallel.expert_gradients == "bfloat16",
+        shard_dense=parallel.shard_dense,
+        seed=train.seed,
+        device=device,
+    )
 
 
 def _place(config: RunConfig, report: Report) -> tuple[Path, Path | None]:
@@ -237,7 +257,7 @@ def _place(config: RunConfig, report: Report) -> tuple[Path, Path | None]:
     return folder, resumed
 
 
-def _open_data(config: RunConfig, ranks: Ranks, report: Report) -> Data:
+def _open_data(config: RunConfig, mesh: Mesh, report: Report) -> Data:
     def shape(step: int) -> Shape:
         phase = config.timeline.at(step)
         return Shape(phase.sequences(step), phase.seq_len, phase.weights or None)
@@ -248,10 +268,10 @@ def _open_data(config: RunConfig, ranks: Ranks, report: Report) -> Data:
         shape,
         mtp_depth=config.model.num_nextn_predict_layers,
         seed=config.train.seed,
-        rank=ranks.rank,
-        world=ranks.world,
+        rank=mesh.data_rank,
+        world=mesh.data_world,
         builder=builder,
-        say=report.warn if ranks.first else None,
+        say=report.warn if mesh.rank == 0 else None,
     )
     ends, marks = config.model.eos_token_id, data.tokenizer.eos_id
     if ends != marks:

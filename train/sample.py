@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +119,11 @@ def generate(
     temperature: float = 0.7,
     top_p: float = 0.9,
     mode: AttentionMode = "sparse",
+    agree: Callable[[int], int] = lambda token: token,
 ) -> str:
     """`prompt` continued by up to `tokens` tokens; stops at a document's end.
 
+    Where several ranks hold the model together all call this, and `agree` gives them one rank's choice.
     Visible are the last `context` tokens, by default as many as the model has positions. Nucleus sampling
     from softmax(logits / temperature); temperature 0 takes the likeliest token.
     """
@@ -132,7 +135,7 @@ def generate(
     while len(ids) < start + tokens:
         window = torch.tensor([ids[-context:]], device=device)
         logits = model(window, mode=mode).logits[0, -1].float().cpu()
-        ids.append(_draw(logits, temperature, top_p, generator))
+        ids.append(agree(_draw(logits, temperature, top_p, generator)))
         if ids[-1] == tokenizer.eos_id:
             break
     return tokenizer.decode(ids)

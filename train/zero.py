@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO over partitions that hold whole matrices.
+"""The DeepSpeed engine: ZeRO over partitions that hold whole matrices, on a mesh of ranks.
 
 DeepSpeed owns the flat buffers, the reduction of gradients, their fp32 accumulation and the gathering of
 updated weights. Ours are the order of parameters and filler in these buffers (`optim.partition`), the
@@ -6,56 +6,97 @@ optimizer over the flat fp32 partition, and clipping, which is by set of paramet
 
 Stage 1 accumulates the fp32 gradients of all parameters on every rank and reduces them once a step; stage 2
 reduces every micro-batch and keeps the gradients of its own partition only.
+
+Experts are partitioned over the ranks that hold the same ones, all else over `parallel.zero_ranks` ranks;
+groups of these repeat each other's updates (`train.parallel.mesh`). DeepSpeed knows both as experts of its
+own: that is how it takes a group of ranks for a group of parameters. With `parallel.shard_dense` the layers'
+matrices are not DeepSpeed's (`train.parallel.dense`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.init import fill, fill_buffers
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
-from optim.partition import Layout, View, lay_out, whole_views
+from optim.partition import Layout, is_expert, lay_out, whole_views
 from train.engine import Batch, Engine, compile_hot_parts
+from train.parallel.dense import DenseShards, sharded_names
+from train.parallel.expert import reduce_rounded, share_experts
+from train.parallel.mesh import Mesh, Sharing, build_mesh
 
 BUCKET = 2**27  # most numbers that are reduced at once
+MOST_FILLER, ONE_HOST = 0.05, 8  # ZeRO goes over so many ranks as leave less filler, or over one host's
+SHARDED = "sharded"  # name of groups that are not DeepSpeed's
 
 
 class ZeroEngine(Engine):
-    """Trains `model` in `compute_dtype` on all ranks; masters and moments are partitioned (ZeRO 1 or 2)."""
+    """Trains `model` in `compute_dtype` on all ranks; masters and moments are partitioned (ZeRO 1 or 2).
+
+    A model on the meta device is made here, weight by weight, on `device` from `seed`: no rank ever holds
+    more than its own part. A model with weights is cut up.
+
+    stage           of ZeRO
+    mesh            who shares what; None: ZeRO over all ranks
+    rounded         experts' gradients travel as bf16, rounded stochastically
+    shard_dense     the layers' dense weights are sharded, too
+    """
 
     def __init__(
         self,
         model: ForCausalLM,
         config: OptimConfig,
         compute_dtype: torch.dtype,
-        compiled: bool = False,
+        *,
         stage: int = 2,
+        mesh: Mesh | None = None,
+        compiled: bool = False,
+        rounded: bool = False,
+        shard_dense: bool = False,
+        seed: int = 0,
+        device: torch.device | None = None,
     ):
-        self.rank, world = dist.get_rank(), dist.get_world_size()
-        groups = _split(build_groups(model.named_parameters(), model.config, config), compute_dtype, stage)
-        layouts = [lay_out(group["views"], world) for group in groups]
-        masters = [
-            _own_pieces(group, layout, self.rank) for group, layout in zip(groups, layouts, strict=True)
-        ]
-        wrapped = _LossesOnly(model.cast(compute_dtype))
-        for group, layout in zip(groups, layouts, strict=True):
-            group["params"] = [
-                wrapped.fill(-i, group["params"][0]) if i < 0 else group["params"][i] for i in layout.order
-            ]
-            group["views"] = layout.views[self.rank]
-        self.model, self.clip_norm = model, config.clip_norm
+        self.mesh = mesh or build_mesh(dist.get_rank(), dist.get_world_size())
+        self.rank, self.clip_norm, self.model = self.mesh.rank, config.clip_norm, model
+        device = device or model.lm_head.weight.device
+        share_experts(model, self.mesh)
+        sharded = set(sharded_names(model)) if shard_dense else set()
+        groups = _split(
+            build_groups(model.named_parameters(), model.config, config),
+            compute_dtype,
+            stage,
+            sharded,
+            self.mesh,
+            self.mesh.first_expert(model.config.n_routed_experts),
+        )
+        layouts = [lay_out(group["views"], group["sharing"].size) for group in groups]
+        self.shards = DenseShards(model, self.mesh.dense, compute_dtype, device) if sharded else None
+        self._build(groups, layouts, seed, device)
+        wrapped = _LossesOnly(model)
+        own = [group for group in groups if group["name"] == SHARDED]
+        groups = groups[: len(groups) - len(own)]
+        for group, layout in zip(groups, layouts):
+            _place(group, layout, wrapped)
+        exact = [group.pop("masters") for group in groups]
         self.optimizer = HybridOptimizer(groups)
-        self.deepspeed, self.zero = _initialize(wrapped, self.optimizer, stage)
-        self._take(masters, [layout.size for layout in layouts])
+        self.deepspeed, self.zero = _initialize(wrapped, self.optimizer, stage, self.mesh)
+        self._take(exact, [layout.size for layout in layouts[: len(groups)]])
+        self.optimizer.param_groups += own
+        self.deepspeeds = len(groups)  # the first groups are DeepSpeed's
+        if self.shards is not None:
+            self.shards.connect(layouts[len(groups) :])
+        if rounded:
+            _round_experts(self.zero, self.mesh.experts)
         if compiled:
             compile_hot_parts(self.model)
         # Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
@@ -71,25 +112,86 @@ class ZeroEngine(Engine):
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
+    def _collect(self) -> None:
+        averaged = self.zero.averaged_gradients
+        for number, group in enumerate(self.optimizer.param_groups[: self.deepspeeds]):
+            if group["active"] and group["holders"] > 1:
+                flat = torch.cat([grad.reshape(-1) for grad in averaged[number]])
+                dist.all_reduce(flat, group=self.mesh.repeats)
+                averaged[number] = [flat]
+        if self.shards is not None:
+            for unit in self.shards.units if self.mesh.dense.holders > 1 else ():
+                dist.all_reduce(unit.gradients, group=self.mesh.repeats)
+            for partition in self._sharded():
+                partition.grad = torch.zeros_like(partition)
+            self.shards.gradients_to_owners([p.grad for p in self._sharded() if p.grad is not None])
+
     def _clip(self) -> dict[str, Tensor]:
-        grads = [self.zero.averaged_gradients[i] for i in range(len(self.optimizer.param_groups))]
-        return clip_grad_norm_per_set(
-            self.optimizer.param_groups, self.clip_norm, grads, self._sum_over_ranks
-        )
+        groups = self.optimizer.param_groups
+        grads = [self.zero.averaged_gradients[number] for number in range(self.deepspeeds)]
+        grads += [[p.grad] for p in self._sharded()]
+        return clip_grad_norm_per_set(groups, self.clip_norm, grads, self._sum_over_ranks)
 
     def _update(self) -> None:
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = groups[: self.deepspeeds]
         self.deepspeed.step()
+        if self.shards is not None:
+            self.optimizer.param_groups = groups[self.deepspeeds :]
+            self.optimizer.step()
+            self.shards.weights_to_holders(self._sharded())
+        self.optimizer.param_groups = groups
 
     def _forget_gradients(self) -> None:
         self.zero.zero_grad()
         self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
+        for partition in self._sharded():
+            partition.grad = None
+        if self.shards is not None:
+            self.shards.forget_gradients()
 
     def _copy_masters(self) -> None:
         self.zero.update_lp_params()
+        if self.shards is not None:
+            self.shards.weights_to_holders(self._sharded())
+
+    def _sharded(self) -> list[Tensor]:
+        """Flat partitions of the masters that are not DeepSpeed's."""
+        return [group["params"][0] for group in self.optimizer.param_groups if group["name"] == SHARDED]
 
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)
         return x
+
+    def _build(
+        self, groups: list[dict[str, Any]], layouts: list[Layout], seed: int, device: torch.device
+    ) -> None:
+        """Make every weight, keep this rank's exact pieces as `masters` of its group, and narrow it."""
+        if self.model.lm_head.weight.is_meta:
+            fill_buffers(self.model, device)
+        for group, layout in zip(groups, layouts, strict=True):
+            own = layout.views[group["sharing"].rank]
+            masters: dict[str, Tensor] = {}
+            for index, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):
+                exact = parameter.detach()
+                if exact.is_meta:
+                    exact = fill(self.model, name, torch.empty_like(exact, device=device), seed)
+                for view in own:
+                    if view.piece.name == name:
+                        masters[view.piece.key] = exact.view(-1)[view.piece.start :][
+                            : view.piece.numel
+                        ].clone()
+                if group["name"] == SHARDED and self.shards is not None:
+                    self.shards.take(name, exact)
+                else:
+                    group["params"][index] = _narrowed(self.model, name, parameter, exact.to(group["dtype"]))
+            group["masters"] = [masters[view.piece.key].view(view.piece.shape) for view in own]
+            group["views"] = own
+            if group["name"] == SHARDED:
+                flat = torch.zeros(layout.size, device=device)
+                for view, master in zip(own, group.pop("masters"), strict=True):
+                    view.of([flat]).copy_(master)
+                group["params"] = [nn.Parameter(flat)]
 
     @torch.no_grad()
     def _take(self, masters: list[list[Tensor]], sizes: list[int]) -> None:
@@ -127,21 +229,73 @@ class _LossesOnly(nn.Module):
         return filler
 
 
-def _split(groups: list[dict[str, Any]], compute_dtype: torch.dtype, stage: int) -> list[dict[str, Any]]:
-    """Groups of one dtype each, stacks of equal pieces apart from whole parameters.
+def zero_ranks(model: ForCausalLM, config: OptimConfig, world: int) -> int:
+    """Over how many of `world` ranks the masters of all but experts are partitioned.
+
+    Matrices stay whole, so that more ranks would have less to hold and more filler; beyond that, groups of
+    ranks repeat each other's updates (V4 report, on ZeRO for Muon). `model` may be on the meta device.
+    """
+    groups = build_groups(model.named_parameters(), model.config, config)
+    sizes = [size for size in range(world, 0, -1) if world % size == 0]
+    return next(size for size in sizes if size <= ONE_HOST or dense_filler(groups, size) < MOST_FILLER)
+
+
+def dense_filler(groups: list[dict[str, Any]], ranks: int) -> float:
+    """Filler over numbers of `build_groups` without experts, partitioned over so many ranks in bf16."""
+    split = _split(groups, torch.bfloat16, 2, set(), Mesh(0, ranks, zero_size=ranks), 0)
+    dense = [group["views"] for group in split if group["name"] == "dense"]
+    filler = sum(lay_out(views, ranks).filler for views in dense)
+    return filler / sum(view.piece.numel for views in dense for view in views)
+
+
+def _narrowed(model: nn.Module, name: str, parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """The parameter with these values; a new one in its place where it was on the meta device."""
+    if not parameter.is_meta:
+        parameter.data = values
+        return parameter
+    owner, _, attribute = name.rpartition(".")
+    made = nn.Parameter(values)
+    setattr(model.get_submodule(owner), attribute, made)
+    return made
+
+
+def _place(group: dict[str, Any], layout: Layout, wrapped: _LossesOnly) -> None:
+    """Parameters and filler in the order of the layout; DeepSpeed is told whom they are shared with."""
+    params, sharing = group["params"], group["sharing"]
+    group["params"] = [wrapped.fill(-i, params[0]) if i < 0 else params[i] for i in layout.order]
+    if sharing.size < dist.get_world_size():
+        group["moe"] = True
+        for parameter in group["params"]:
+            parameter.allreduce, parameter.group_name = False, sharing.name
+
+
+def _split(
+    groups: list[dict[str, Any]],
+    compute_dtype: torch.dtype,
+    stage: int,
+    sharded: set[str],
+    mesh: Mesh,
+    first_expert: int,
+) -> list[dict[str, Any]]:
+    """Groups of one dtype and one `sharing` each, stacks of equal pieces apart from whole parameters; those
+    of `sharded` names last.
 
     DeepSpeed sizes its buckets by the first group's dtype: fp32 keeps stage 2 from rounding fp32 gradients,
     and the narrow one has stage 1 accumulate in fp32 beside it.
     """
     split: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in groups:
-        for view in whole_views(group):
+        for view in whole_views(group, first_expert):
             name = view.piece.name
             dtype = torch.float32 if stays_fp32(name) else compute_dtype
             unit = view.piece.numel if view.piece.key != name else 0
-            key = (group["algorithm"], group["set"], dtype, unit)
+            sharing = mesh.experts if is_expert(name) else mesh.dense
+            kind = SHARDED if name in sharded else sharing.name
+            key = (kind, group["algorithm"], group["set"], dtype, unit)
             if key not in split:
                 split[key] = {**group, "params": [], "names": [], "views": [], "dtype": dtype}
+                split[key] |= {"name": kind, "sharing": sharing}
+                split[key] |= {"holders": sharing.holders, "holder": sharing.holder}
                 split[key].pop("blocks", None)
             target = split[key]
             if not target["names"] or target["names"][-1] != name:
@@ -149,17 +303,51 @@ def _split(groups: list[dict[str, Any]], compute_dtype: torch.dtype, stage: int)
                 target["params"].append(group["params"][view.param])
             target["views"].append(view._replace(param=len(target["params"]) - 1))
     wide_first = stage == 2
-    return sorted(split.values(), key=lambda group: (group["dtype"] == torch.float32) != wide_first)
+
+    def place(group: dict[str, Any]) -> tuple[bool, bool]:
+        return group["name"] == SHARDED, (group["dtype"] == torch.float32) != wide_first
+
+    return sorted(split.values(), key=place)
 
 
-def _own_pieces(group: dict[str, Any], layout: Layout, rank: int) -> list[Tensor]:
-    """This rank's pieces in fp32, in the order of its views."""
-    where: dict[str, View] = {view.piece.key: view for view in group["views"]}
-    params = [parameter.detach() for parameter in group["params"]]
-    return [where[view.piece.key].of(params).clone() for view in layout.views[rank]]
+class _Marker(nn.Module):
+    """By it DeepSpeed sees that groups of parameters have groups of ranks of their own."""
+
+    num_experts = 0
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The mesh has made the groups already."""
 
 
-def _initialize(wrapped: nn.Module, optimizer: HybridOptimizer, stage: int) -> tuple[Any, Any]:
+def _share(wrapped: nn.Module, mesh: Mesh) -> None:
+    """Hand the mesh's groups of ranks to DeepSpeed where they are not all ranks."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    shared = [sharing for sharing in (mesh.dense, mesh.experts) if sharing.size < mesh.world]
+    for sharing in shared:
+        group = sharing.group
+        if group is None:
+            group = dist.new_group([mesh.rank], use_local_synchronization=True)
+        groups._EXPERT_PARALLEL_GROUP[sharing.name] = groups._EXPERT_DATA_PARALLEL_GROUP[sharing.name] = group
+    if shared:
+        marker = type("Marker", (_Marker, MoE), {"__init__": nn.Module.__init__})
+        wrapped.add_module("shares", marker())
+
+
+def _round_experts(zero: Any, sharing: Sharing) -> None:
+    """Have DeepSpeed's reduction of the experts' gradients travel rounded."""
+    exact, experts = zero.allreduce_bucket, zero.expert_dp_process_group[sharing.name]
+
+    def reduce(bucket: Sequence[Tensor], *args: Any, rank: int, process_group: Any, **options: Any) -> Tensor:
+        if process_group is not experts:
+            return exact(bucket, *args, rank=rank, process_group=process_group, **options)
+        return reduce_rounded(zero.flatten(bucket), rank, experts)
+
+    zero.allreduce_bucket = reduce
+
+
+def _initialize(wrapped: nn.Module, optimizer: HybridOptimizer, stage: int, mesh: Mesh) -> tuple[Any, Any]:
     """DeepSpeed's engine and its ZeRO optimizer around ours."""
     cuda = next(wrapped.parameters()).is_cuda
     os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
@@ -170,6 +358,7 @@ def _initialize(wrapped: nn.Module, optimizer: HybridOptimizer, stage: int) -> t
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for most of a minute
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    _share(wrapped, mesh)
     options = {
         "stage": stage,
         "overlap_comm": cuda and dist.get_world_size() > 1,

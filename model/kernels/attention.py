@@ -31,9 +31,10 @@ def shared_kv_attention(
 ) -> Tensor:
     """Attention output [B, S, H, C].
 
-    q [B, S, H, C]; kv [B, S, C]; entries [B, T, C] with `visible` [B, S, T] bool, or both None; sinks [H]
-    fp32; positions [B, S] within the document (the window never reaches before position 0); `window` 0
-    attends to entries only. No [B, S, H, S] exists: beyond LOGIT_BUDGET blocks of queries go in turn.
+    q [B, S, H, C]; kv [B, S, C], or [B, window + S, C] that begins `window` tokens before the queries;
+    entries [B, T, C] with `visible` [B, S, T] bool, or both None; sinks [H] fp32; positions [B, S] within the
+    document (the window never reaches before position 0); `window` 0 attends to entries only. No
+    [B, S, H, S] exists: beyond LOGIT_BUDGET blocks of queries go in turn.
     """
     batch, length, heads, channels = q.shape
     if entries is None or visible is None:
@@ -47,7 +48,8 @@ def shared_kv_attention(
     q = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, block))  # [B, n, W, H, C]
     visible = F.pad(visible, (0, 0, 0, pad)).unflatten(1, (blocks, block))  # [B, n, W, T]
     positions = F.pad(positions, (0, pad)).unflatten(1, (blocks, block))  # [B, n, W]
-    kv = F.pad(kv, (0, 0, block, pad)).unflatten(1, (blocks + 1, block))  # [B, n + 1, W, C]
+    before = block - (kv.shape[1] - length)
+    kv = F.pad(kv, (0, 0, before, pad)).unflatten(1, (blocks + 1, block))  # [B, n + 1, W, C]
     near = torch.cat((kv[:, :-1], kv[:, 1:]), dim=2) if window else kv[:, :-1, :0]  # [B, n, 2W, C]
 
     per_block = batch * block * heads * (near.shape[2] + entries.shape[1] + 1)

@@ -35,9 +35,12 @@ ENGINES = ("torch", "zero1", "zero2")
 def build(name: str, config: RunConfig, device: torch.device) -> Engine:
     with device:
         model = initialize(ForCausalLM(config.model), 0)
-    options = (config.optim, torch.bfloat16, config.train.compile)
+    options = (config.optim, torch.bfloat16)
+    compiled = config.train.compile
     return (
-        TorchEngine(model, *options) if name == "torch" else ZeroEngine(model, *options, stage=int(name[-1]))
+        TorchEngine(model, *options, compiled)
+        if name == "torch"
+        else ZeroEngine(model, *options, stage=int(name[-1]), compiled=compiled)
     )
 
 

@@ -1,7 +1,8 @@
-"""Data parallelism equals one process: losses, every gradient, and the weights after three steps."""
+"""Any mesh of ranks equals one process: losses, every gradient, and the weights after three steps."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
+from model.model import ForCausalLM
 from optim.config import OptimConfig
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_model
@@ -16,13 +19,22 @@ from tests.unit.train.test_engine import run_config
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.loop import train_step
+from train.parallel.mesh import build_mesh
 from train.ranks import Ranks
-from train.zero import ZeroEngine
+from train.zero import SHARDED, ZeroEngine
 
 MODULE = "tests.distributed.test_zero"
 ROWS = [[40], [17, 23], [5], [12, 9, 19], [31, 8], [40], [3, 3], [26]]
 LOSSES = ("lm", "mtp", "balance")
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def skewed_model(config: ModelConfig) -> ForCausalLM:
+    """Everybody chooses the first expert of the last MoE, and nobody its last three."""
+    model = tiny_model(config)
+    bias = model.moes()[-1].gate.e_score_correction_bias
+    bias[0], bias[-3:] = 100.0, -100.0
+    return model
 
 
 def config_of(algorithm: str) -> RunConfig:
@@ -37,8 +49,11 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, group in enumerate(engine.optimizer.param_groups):
         if isinstance(engine, ZeroEngine):
-            grads = [torch.cat([grad.reshape(-1) for grad in engine.zero.averaged_gradients[number]])]
-            engine.zero.averaged_gradients[number] = grads
+            if group["name"] == SHARDED:
+                grads = [group["params"][0].grad]
+            else:
+                grads = [torch.cat([grad.reshape(-1) for grad in engine.zero.averaged_gradients[number]])]
+                engine.zero.averaged_gradients[number] = grads
         else:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -68,14 +83,21 @@ def watched(engine: Engine, inject: bool) -> list[dict[str, Tensor]]:
     return seen
 
 
-def compare(ranks: Ranks, algorithm: str, dtype: str, stage: str) -> None:
+def compare(ranks: Ranks, algorithm: str, dtype: str, stage: str, mesh: str = "{}", dense: str = "") -> None:
     """Three steps of ZeroEngine on this rank's rows beside three of TorchEngine on all of them."""
     config, compute = config_of(algorithm), getattr(torch, dtype)
     whole = packed_batch(ROWS, 40, depth=1, vocab=90)
     each = len(ROWS) // ranks.world  # the same micro-batches as in one process
     mine = {name: x[ranks.rank * each : (ranks.rank + 1) * each] for name, x in whole.items()}
-    zero = ZeroEngine(tiny_model(config.model), config.optim, compute, stage=int(stage))
-    bare = TorchEngine(tiny_model(config.model), config.optim, compute)
+    zero = ZeroEngine(
+        skewed_model(config.model),
+        config.optim,
+        compute,
+        stage=int(stage),
+        mesh=build_mesh(ranks.rank, ranks.world, **json.loads(mesh)),
+        shard_dense=bool(dense),
+    )
+    bare = TorchEngine(skewed_model(config.model), config.optim, compute)
     seen, expected = watched(zero, algorithm == "muon"), watched(bare, algorithm == "muon")
     for step in range(3 if dtype == "float32" else 1):  # later, rounding to bf16 tells the two apart
         ours, theirs = (
@@ -101,6 +123,24 @@ def test_equals_one_process(world: int, algorithm: str, stage: str, tmp_path: Pa
     model = tiny_model(config_of(algorithm).model)
     assert sum(owned) == sum(p.numel() for p in model.parameters())  # every weight on one rank
     assert max(owned) < 2 * min(owned)
+
+
+MESHES = [
+    (2, {"ep": 2}, ""),
+    (2, {"zero": 1}, ""),
+    (2, {}, "dense"),
+    (4, {"ep": 4}, ""),
+    (4, {"ep": 2, "zero": 2}, "dense"),
+]
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+@pytest.mark.parametrize(("world", "mesh", "dense"), MESHES)
+def test_meshes_equal_one_process(
+    world: int, mesh: dict[str, int], dense: str, algorithm: str, tmp_path: Path
+) -> None:
+    arguments = (algorithm, "float32", "2", json.dumps(mesh), dense)
+    spawn(world, MODULE, "compare", *arguments, folder=tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["1", "2"])

@@ -16,9 +16,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs.errors import ConfigError
-
 Group = Any  # a process group, or None for this rank alone
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How masters and moments of a kind of weights are shared out: `size` ranks of `group` hold each a part,
+    this one part `rank`; every part is held, and its update repeated, by `holders` ranks, of which this is
+    number `holder`."""
+
+    name: str  # "dense" or "experts"
+    group: Group
+    size: int
+    rank: int
+    holders: int = 1
+    holder: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,20 @@ class Mesh:
         return self.rank % self.cp_size
 
     @property
-    def zero_rank(self) -> int:
-        return self.rank % self.zero_size
+    def dense(self) -> Sharing:
+        """Of all that is not a routed expert."""
+        size = self.zero_size
+        holder, rank = divmod(self.rank, size)
+        return Sharing("dense", self.zero, size, rank, self.world // size, holder)
+
+    @property
+    def experts(self) -> Sharing:
+        """Of routed experts: among the ranks that hold the same ones."""
+        return Sharing("experts", self.replicas, self.world // self.ep_size, self.rank // self.ep_size)
+
+    def first_expert(self, experts: int) -> int:
+        """Number of this rank's first expert where the model has so many."""
+        return self.ep_rank * (experts // self.ep_size)
 
     @property
     def data_rank(self) -> int:
@@ -66,12 +90,11 @@ class Mesh:
 
 
 def build_mesh(rank: int, world: int, ep: int = 1, cp: int = 1, zero: int | None = None) -> Mesh:
-    """The mesh of `world` ranks; makes its process groups, on every rank the same ones in the same order."""
-    sizes = {"ep": ep, "cp": cp, "zero_ranks": zero or world}
-    for key, size in sizes.items():
-        if world % size:
-            raise ConfigError(f"parallel.{key} is {size}; it must divide the number of ranks, {world}")
-    zero_size = sizes["zero_ranks"]
+    """The mesh of `world` ranks; makes its process groups, on every rank the same ones in the same order.
+
+    `ep`, `cp` and `zero` (None: all ranks) divide `world`, see `RunConfig.check_ranks`.
+    """
+    zero_size = zero or world
     return Mesh(
         rank,
         world,

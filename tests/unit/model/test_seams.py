@@ -93,10 +93,10 @@ class Backwards:
     def __init__(self, inner: LocalDispatcher):
         self.inner, self.calls = inner, 0
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+    def send(self, x: Tensor, routing: Routing) -> Dispatched:
         self.calls += 1
         flipped = Routing(routing.affinities, routing.indices.flip(0), routing.weights.flip(0))
-        return self.inner.dispatch(x.flip(0), flipped)
+        return self.inner.send(x.flip(0), flipped)
 
     def combine(self, rows: Tensor, sent: Dispatched) -> Tensor:
         return self.inner.combine(rows, sent).flip(0)

@@ -7,7 +7,7 @@ death     processes of the same machine are noticed at once, with their signal; 
 no progress   of any rank for `parallel.timeout_seconds`: places where the main threads are tell who hangs
 a verdict     another rank has said why the job ends: this one leaves without a word
 
-Whoever finds a reason claims the verdict in the store; only the first one speaks. torchrun then ends the rest.
+Whoever finds a reason claims the verdict in the store; the first one alone speaks. torchrun ends the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+
+from configs.errors import ConfigError
 
 Item = TypeVar("Item")
 State = dict[str, Any]  # of a rank: beat, place, waits (in a collective), host, pid
@@ -40,16 +43,24 @@ ROOMS = {"configs", "data", "model", "optim", "train"}
 NOT_A_PLACE = {"train/ranks.py", "train/watch.py"}  # whoever called them is
 
 
+class FailedHere(ConfigError):
+    """Of all ranks, this one says why they fail."""
+
+
+class FailedElsewhere(ConfigError):
+    """Another rank says why."""
+
+
 class Job:
-    """What the ranks of a job tell each other through its store. Every call may raise RuntimeError: it is gone."""
+    """What the ranks of a job tell each other through its store. Raises RuntimeError once that is gone."""
 
     def __init__(self, store: Store, rank: int, world: int):
         self.store, self.rank, self.world = store, rank, world
         self._beats = 0
 
     @staticmethod
-    def find(seconds: float) -> Job | None:
-        """The job that the environment describes, through a connection of its own; None where there is none."""
+    def find(seconds: float = 5) -> Job | None:
+        """The job that the environment describes, by a connection of its own; None where there is none."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if world == 1 or not host or not port:
@@ -67,7 +78,9 @@ class Job:
         self._beats += 1
         where, waits = place()
         state = {"beat": self._beats, "place": where, "waits": waits}
-        self.store.set(f"rank/{self.rank}", json.dumps({**state, "host": socket.gethostname(), "pid": os.getpid()}))
+        self.store.set(
+            f"rank/{self.rank}", json.dumps({**state, "host": socket.gethostname(), "pid": os.getpid()})
+        )
         if moved:
             self.store.set("moved", f"{self.rank} {self._beats}")
 
@@ -79,7 +92,7 @@ class Job:
         return {rank: json.loads(self.store.get(f"rank/{rank}")) for rank in ranks}
 
     def claim(self, silent: Collection[int] = ()) -> bool:
-        """Whether this rank is the one that says why the job ends; `silent` ranks cannot end by themselves."""
+        """Whether this rank is the one that says why the job ends; `silent` ones cannot end by themselves."""
         mine = json.dumps({"by": self.rank, "silent": list(silent), "at": time.time_ns()})
         return self.store.compare_set("verdict", "", mine).decode() == mine
 
@@ -88,16 +101,16 @@ class Job:
 
     def say(self, text: str, line: str) -> None:
         """Print `text`, let torchrun's report have the `line`, and let the others go."""
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with suppress(OSError):
                 Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
         self.store.set("said", "")
 
-    def wait_until_said(self) -> None:
-        with suppress(RuntimeError):
-            self.store.wait(["said"], timedelta(seconds=5))
+    def wait_for(self, key: str, seconds: float) -> None:
+        """Until a rank has claimed the `verdict`, or has `said` it; not longer than this."""
+        with suppress(DistStoreError):
+            self.store.wait([key], timedelta(seconds=seconds))
 
     def silent(self, states: dict[int, State]) -> list[int]:
         """Ranks that have not given a sign of life since `states`."""
@@ -191,7 +204,11 @@ class Watch:
             return
         if os.environ.get("LOCAL_RANK") == "0":
             host = os.environ["MASTER_ADDR"]
-            print(f"error: {host} has ended the job, or does not answer; see what it says", file=sys.stderr, flush=True)
+            print(
+                f"error: {host} has ended the job, or does not answer; see what it says",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(1)
 
     def _tick(self, job: Job) -> None:
@@ -244,7 +261,7 @@ class Watch:
 
     def _leave(self, verdict: dict[str, Any]) -> None:
         assert self._job
-        self._job.wait_until_said()
+        self._job.wait_for("said", 5)
         for rank in verdict["silent"]:
             if rank in self._processes:  # a stopped process would keep torchrun waiting
                 with suppress(OSError):
@@ -262,17 +279,46 @@ class Watch:
             selector.select(LINGER)
 
 
-def last_words(error: BaseException, line: str) -> str | None:
-    """What this rank should print as it ends because of `error`, of which `line` is the short form.
+def speak(error: BaseException, line: str, trace: str = "") -> None:
+    """Print why this process ends, with a `trace` above the `line`, unless another rank says why they all do.
 
-    None: another rank has said why the job ends, or is about to; torchrun ends this process meanwhile.
+    Without a store to agree by, what says it are FailedHere, other errors than ConfigError, and rank 0.
     """
-    job = Job.find(seconds=2)
-    if job is None:  # nobody to agree with: errors are every rank's, but for those that say otherwise
-        others = {"FailedHere": False, "FailedElsewhere": True}
-        every = isinstance(error, ConfigError) and int(os.environ.get("RANK", 0)) > 0
-        return None if others.get(type(error).__name__, every) else line
-    ...
+    rank, wait = int(os.environ.get("RANK", 0)), seconds_for_others(error)
+    line = line if isinstance(error, ConfigError) and rank == 0 else f"rank {rank}: {line}"
+    text = "" if isinstance(error, KeyboardInterrupt) else f"{trace}error: {line}"
+    job = Job.find()
+    if job is None:
+        if wait <= SILENCE:
+            print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+        return
+    with suppress(RuntimeError):  # the store went with the first node, which says why
+        before = job.states(range(job.world)) if wait == SILENCE else {}
+        if wait:
+            job.wait_for("verdict", wait)
+        if gone := job.verdict() is None and job.silent(before):
+            line = f"{named(gone)} gave no sign of life; mend it, then go on with resume=auto"
+            text = f"error: {line}"
+        if job.claim():
+            job.say(text, line)
+        else:
+            job.wait_for("said", 5)
+            time.sleep(LINGER)
+
+
+def seconds_for_others(error: BaseException) -> float:
+    """How long another rank may take to say why the job ends; 0: this rank does, right away."""
+    if isinstance(error, FailedElsewhere):
+        return 3600  # it may have to send a model to W&B first; this rank's watch notices if it dies
+    if isinstance(error, ConfigError):  # else all ranks find it
+        return 0 if isinstance(error, FailedHere) or os.environ.get("RANK", "0") == "0" else 10
+    return SILENCE if lost_others(error) else 0
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether a collective failed, as it does when other ranks have gone."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, RuntimeError) and in_collective(Path(frames[-1].f_code.co_filename))
 
 
 def place() -> tuple[str, bool]:
@@ -295,14 +341,16 @@ def in_collective(path: Path) -> bool:
 
 
 def describe_places(states: dict[int, State], silent: Collection[int]) -> str:
-    """Who stood still: the silent, or else those in no collective, or else those who are not with the most."""
+    """Who stood still: the silent, or else those in no collective, or else those that are not with most."""
     places = {rank: state["place"] for rank, state in states.items() if rank not in silent}
     groups = Counter(places.values()).most_common()
     culprits = list(silent) or [rank for rank in places if not states[rank]["waits"]]
     if len(culprits) in (0, len(states)):
         clear = len(groups) > 1 and groups[0][1] > groups[1][1]
         culprits = [rank for rank in places if clear and places[rank] != groups[0][0]]
-    parts = [f"{named(list(silent))} gave no sign of life (stopped, or the machine is gone)"] if silent else []
+    parts = (
+        [f"{named(list(silent))} gave no sign of life (stopped, or the machine is gone)"] if silent else []
+    )
     for where, _ in groups if not silent else ():
         if here := [rank for rank in culprits or places if places[rank] == where]:
             parts.append(f"{named(here)} stood still in {where}")

@@ -29,7 +29,7 @@ from train.evaluate import evaluate
 from train.export import export
 from train.memory import predict, refuse_if_too_large
 from train.metrics import JsonLines, validation_losses
-from train.parallel.context import SequenceParts
+from train.parallel.context import context_of
 from train.parallel.mesh import Mesh, build_mesh
 from train.plot import plot_run
 from train.ranks import Ranks, join
@@ -238,8 +238,7 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
     with device if parallel.engine == "torch" else torch.device("meta"):
         model = ForCausalLM(config.model)
     recompute.apply(model, train.recompute)
-    if mesh.cp_size > 1:
-        model.context = SequenceParts(mesh.cp, mesh.cp_rank, mesh.cp_size)
+    model.context = context_of(mesh)
     if parallel.engine == "torch":
         return TorchEngine(initialize(model, train.seed), config.optim, dtype, train.compile)
     return ZeroEngine(

@@ -34,8 +34,9 @@ def spawn(world: int, module: str, function: str, *arguments: str, folder: Path)
         for rank in range(world)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    failed = [(p.returncode, out[-3000:]) for p, out in zip(processes, outputs, strict=True) if p.returncode]
-    assert not failed, failed[0][1]
+    failed = [out for process, out in zip(processes, outputs, strict=True) if process.returncode]
+    failed.sort(key=lambda out: "Connection closed" in out or "Connection reset" in out)  # these follow
+    assert not failed, failed[0][-3000:]
     return outputs
 
 

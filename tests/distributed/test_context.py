@@ -17,7 +17,7 @@ from model.attention import AttentionMode
 from model.model import ForCausalLM
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
-from train.parallel.context import SequenceParts
+from train.parallel.context import context_of
 from train.parallel.mesh import build_mesh
 from train.ranks import Ranks
 
@@ -65,7 +65,7 @@ def losses_and_gradients(
 
 def compare(ranks: Ranks, cp: str) -> None:
     mesh = build_mesh(ranks.rank, ranks.world, cp=int(cp))
-    parts = SequenceParts(mesh.cp, mesh.cp_rank, mesh.cp_size)
+    parts = context_of(mesh)
     for layers, mode, seed, dtype, recompute in CASES:
         config = tiny_config(layers, 1, compress_rates=RATES, num_nextn_predict_layers=1)
         whole = packed_batch(rows_of(seed), LENGTH, depth=1)

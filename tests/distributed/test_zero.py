@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,16 +18,28 @@ from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_model
 from tests.unit.train.test_engine import run_config
 from train.config import RunConfig
-from train.engine import Engine, TorchEngine
+from train.engine import Batch, Engine, TorchEngine
 from train.loop import train_step
+from train.parallel.context import context_of
 from train.parallel.mesh import build_mesh
 from train.ranks import Ranks
 from train.zero import SHARDED, ZeroEngine
 
 MODULE = "tests.distributed.test_zero"
-ROWS = [[40], [17, 23], [5], [12, 9, 19], [31, 8], [40], [3, 3], [26]]
+LENGTH = 64
+ROWS = [[64], [17, 23, 20], [5], [12, 9, 19, 24], [31, 8, 25], [1, 63], [3, 3], [26, 33]]
 LOSSES = ("lm", "mtp", "balance")
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+class Case(NamedTuple):
+    """One engine to compare; `mesh`: sizes for `build_mesh`."""
+
+    algorithm: str
+    mesh: dict[str, int] = {}  # noqa: RUF012
+    stage: int = 2
+    dtype: str = "float32"
+    dense: bool = False
 
 
 def skewed_model(config: ModelConfig) -> ForCausalLM:
@@ -40,7 +53,7 @@ def skewed_model(config: ModelConfig) -> ForCausalLM:
 def config_of(algorithm: str) -> RunConfig:
     """Before the first layer all streams are equal: parts of its mixing have no gradient but rounding. `eps`
     is large enough to keep AdamW from scaling that up."""
-    config = run_config(batch_rows=len(ROWS), micro=2)
+    config = run_config(batch_rows=len(ROWS), micro=2, length=LENGTH)
     return replace(config, optim=OptimConfig(name=algorithm, lr=1e-3, warmup_steps=0, eps=1e-4))
 
 
@@ -83,66 +96,77 @@ def watched(engine: Engine, inject: bool) -> list[dict[str, Tensor]]:
     return seen
 
 
-def compare(ranks: Ranks, algorithm: str, dtype: str, stage: str, mesh: str = "{}", dense: str = "") -> None:
-    """Three steps of ZeroEngine on this rank's rows beside three of TorchEngine on all of them."""
-    config, compute = config_of(algorithm), getattr(torch, dtype)
-    whole = packed_batch(ROWS, 40, depth=1, vocab=90)
-    each = len(ROWS) // ranks.world  # the same micro-batches as in one process
-    mine = {name: x[ranks.rank * each : (ranks.rank + 1) * each] for name, x in whole.items()}
-    zero = ZeroEngine(
-        skewed_model(config.model),
-        config.optim,
-        compute,
-        stage=int(stage),
-        mesh=build_mesh(ranks.rank, ranks.world, **json.loads(mesh)),
-        shard_dense=bool(dense),
-    )
-    bare = TorchEngine(skewed_model(config.model), config.optim, compute)
-    seen, expected = watched(zero, algorithm == "muon"), watched(bare, algorithm == "muon")
-    for step in range(3 if dtype == "float32" else 1):  # later, rounding to bf16 tells the two apart
-        ours, theirs = (
-            train_step(zero, mine, config, step, ranks),
-            train_step(bare, whole, config, step, ALONE),
-        )
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-6 if name in LOSSES else 1e-5), (step, name)
-    for key, grad in seen[0].items():
-        assert relative(grad, expected[0][key]) < 1e-5, key
-    state, reference = zero.state(), bare.state()
-    for key, tensor in state.items():
-        assert key.startswith("rng") or relative(tensor, reference[key]) < 1e-5, key
-    print(sum(value.numel() for key, value in state.items() if key.startswith("weight.")))
+def three_steps(
+    engine: Engine, batch: Batch, config: RunConfig, ranks: Ranks, case: Case
+) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
+    """What is logged of every step, the gradients of the first, and the state after the last."""
+    seen = watched(engine, case.algorithm == "muon")
+    steps = 3 if case.dtype == "float32" else 1  # later, rounding to bf16 tells the two apart
+    logged = [train_step(engine, batch, config, step, ranks) for step in range(steps)]
+    return logged, seen[0], engine.state()
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize(("algorithm", "stage"), [("adamw", "2"), ("muon", "2"), ("muon", "1")])
-def test_equals_one_process(world: int, algorithm: str, stage: str, tmp_path: Path) -> None:
-    outputs = spawn(world, MODULE, "compare", algorithm, "float32", stage, folder=tmp_path)
-    owned = [int(output.split()[-1]) for output in outputs]
-    model = tiny_model(config_of(algorithm).model)
-    assert sum(owned) == sum(p.numel() for p in model.parameters())  # every weight on one rank
-    assert max(owned) < 2 * min(owned)
+def compare(ranks: Ranks, text: str) -> None:
+    """Every case, three steps on this rank's rows, beside the same of TorchEngine on all rows."""
+    whole = packed_batch(ROWS, LENGTH, depth=1, vocab=90)
+    known: dict[tuple[str, str], Any] = {}
+    for case in (Case(*values) for values in json.loads(text)):
+        config, compute = config_of(case.algorithm), getattr(torch, case.dtype)
+        if (case.algorithm, case.dtype) not in known:
+            bare = TorchEngine(skewed_model(config.model), config.optim, compute)
+            known[case.algorithm, case.dtype] = three_steps(bare, whole, config, ALONE, case)
+        mesh = build_mesh(ranks.rank, ranks.world, **case.mesh)
+        each = len(ROWS) // mesh.data_world  # the same micro-batches as in one process
+        mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
+        model = skewed_model(config.model)
+        model.context = context_of(mesh)
+        zero = ZeroEngine(model, config.optim, compute, stage=case.stage, mesh=mesh, shard_dense=case.dense)
+        ours, theirs = three_steps(zero, mine, config, ranks, case), known[case.algorithm, case.dtype]
+        for step, (found, wanted) in enumerate(zip(ours[0], theirs[0], strict=True)):
+            assert found.keys() == wanted.keys()
+            for name, value in wanted.items():
+                limit = 1e-6 if name in LOSSES else 1e-5
+                assert found[name] == pytest.approx(value, rel=limit), (case, step, name)
+        for kind, limit in ((1, 1e-5), (2, 1e-5)):
+            for key, tensor in ours[kind].items():
+                assert key.startswith("rng") or relative(tensor, theirs[kind][key]) < limit, (case, key)
+        owned = torch.tensor(sum(x.numel() for key, x in ours[2].items() if key.startswith("weight.")))
+        model = ForCausalLM(config.model)
+        assert ranks.sum(owned) == sum(p.numel() for p in model.parameters()), case  # each weight once
 
 
-MESHES = [
-    (2, {"ep": 2}, ""),
-    (2, {"zero": 1}, ""),
-    (2, {}, "dense"),
-    (4, {"ep": 4}, ""),
-    (4, {"ep": 2, "zero": 2}, "dense"),
-]
+def run(cases: list[Case], world: int, folder: Path) -> None:
+    spawn(world, MODULE, "compare", json.dumps(cases), folder=folder)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stages_equal_one_process(world: int, tmp_path: Path) -> None:
+    run([Case("adamw"), Case("muon"), Case("muon", stage=1)], world, tmp_path)
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
-@pytest.mark.parametrize(("world", "mesh", "dense"), MESHES)
-def test_meshes_equal_one_process(
-    world: int, mesh: dict[str, int], dense: str, algorithm: str, tmp_path: Path
-) -> None:
-    arguments = (algorithm, "float32", "2", json.dumps(mesh), dense)
-    spawn(world, MODULE, "compare", *arguments, folder=tmp_path)
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_mesh_equals_one_process(world: int, algorithm: str, tmp_path: Path) -> None:
+    """All sizes of the groups that share experts and sequences; neither borders of documents nor of experts
+    lie where those of ranks do."""
+    sizes = [size for size in (1, 2, 4) if size <= world]
+    meshes = [{"ep": ep, "cp": cp} for ep in sizes for cp in sizes]
+    run([Case(algorithm, mesh) for mesh in meshes], world, tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_narrow_weights_have_exact_masters(stage: str, tmp_path: Path) -> None:
-    spawn(2, MODULE, "compare", "adamw", "bfloat16", stage, folder=tmp_path)
+def test_repeated_updates_and_sharded_dense_weights(tmp_path: Path) -> None:
+    meshes: list[dict[str, int]] = [
+        {"zero": 2},
+        {"zero": 1, "ep": 2},
+        {"zero": 2, "ep": 4},
+        {"zero": 2, "cp": 2},
+    ]
+    cases = [Case("muon", mesh) for mesh in meshes]
+    cases += [Case("adamw", mesh, stage=1) for mesh in meshes[:2]]
+    cases += [Case("muon", mesh, dense=True) for mesh in ({}, {"zero": 2, "ep": 2, "cp": 2})]
+    run([*cases, Case("adamw", {"ep": 4}, dense=True, stage=1)], 4, tmp_path)
+
+
+def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:
+    cases = [Case("adamw", stage=stage, dtype="bfloat16") for stage in (1, 2)]
+    run([*cases, Case("adamw", dtype="bfloat16", dense=True)], 2, tmp_path)

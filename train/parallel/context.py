@@ -11,24 +11,28 @@ Legend: B batch, S sequence, L = S / parts tokens of a part, t rows to gather, C
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model.layout import WholeSequence
 from model.norm import widen
+from train.parallel.mesh import Mesh
 
 # torch 2.13 has the new name for it and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class SequenceParts(WholeSequence):
-    """The part `rank` of `size` of every row; `group` holds the ranks of all parts in their order."""
+def context_of(mesh: Mesh) -> WholeSequence:
+    """What this rank holds of every row."""
+    return SequenceParts(mesh) if mesh.cp_size > 1 else WholeSequence()
 
-    def __init__(self, group: Any, rank: int, size: int):
-        self.group, self.rank, self.size = group, rank, size
+
+class SequenceParts(WholeSequence):
+    """This rank's part of every row, in the order of the mesh's ranks that share sequences out."""
+
+    def __init__(self, mesh: Mesh):
+        self.group, self.rank, self.size = mesh.cp, mesh.cp_rank, mesh.cp_size
 
     def part(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (self.size, -1))[:, self.rank]

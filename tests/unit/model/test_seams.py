@@ -98,6 +98,9 @@ class Backwards:
         flipped = Routing(routing.affinities, routing.indices.flip(0), routing.weights.flip(0))
         return self.inner.send(x.flip(0), flipped)
 
+    def receive(self, sent: Dispatched) -> Dispatched:
+        return self.inner.receive(sent)
+
     def combine(self, rows: Tensor, sent: Dispatched) -> Tensor:
         return self.inner.combine(rows, sent).flip(0)
 

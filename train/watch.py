@@ -104,7 +104,8 @@ class Job:
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with suppress(OSError):
-                Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+                message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+                Path(path).write_text(json.dumps({"message": message}))
         self.store.set("said", "")
 
     def wait_for(self, key: str, seconds: float) -> None:

@@ -114,6 +114,5 @@ def join(wanted: str, timeout_seconds: float = 600) -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         watch = Watch(Job.find(), timeout_seconds)
         watch.start()
-        atexit.register(watch.stop)  # before the group goes
     files, words = (dist.new_group(backend="gloo", timeout=LONG) for _ in range(2))
     return Ranks(rank, world, device, files, words, watch)

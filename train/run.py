@@ -179,6 +179,8 @@ class Run:
         with self.ranks.watch.patient():
             self.data.close()
             self.tracker.close(exit_code)
+        if exit_code == 0:
+            self.ranks.watch.stop()
 
 
 def open_run(config: RunConfig) -> Run:

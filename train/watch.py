@@ -1,13 +1,13 @@
-"""A rank that dies or hangs ends the whole job within seconds, and one line says which and why.
+"""A rank that dies or hangs ends the whole job, and one line says which and why.
 
 A daemon thread on every rank beats in the job's store (torchrun's, or rank 0's), through a client of its own,
-so that whatever the main thread waits for does not hold it up. It looks for three things:
+so that whatever the main thread waits for does not hold it up. It looks for
 
-death     processes of the same machine are noticed at once, with their signal; others by their silence
-no progress   of any rank for `parallel.timeout_seconds`: places where the main threads are tell who hangs
+death         of processes on its machine, noticed at once with their signal; others fall silent
+no progress   of any rank for `parallel.timeout_seconds`, or a rank that is silent as long
 a verdict     another rank has said why the job ends: this one leaves without a word
 
-Whoever finds a reason claims the verdict in the store; the first one alone speaks. torchrun ends the rest.
+Whoever finds a reason claims the verdict in the store; that one alone speaks. torchrun ends what is left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,18 +27,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from configs.errors import ConfigError
 
 Item = TypeVar("Item")
-State = dict[str, Any]  # of a rank: beat, place, waits (in a collective), host, pid
+State = dict[str, Any]  # of a rank: pid, beat, count (of progress), place, waits (in a collective)
 
 TICK = 0.5  # seconds between two beats
-SILENCE = 3.0  # seconds without a beat after which a rank is taken to be gone
+SILENCE = 4.0  # seconds without a beat after which a rank no longer answers
 LINGER = 2.0  # seconds that torchrun has to blame the culprit before those who only follow it end, too
+JUDGES = 3  # ranks that look for a hang, one after the other should the first be what hangs
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"configs", "data", "model", "optim", "train"}
+ROOMS = {"data", "model", "optim", "train"}
 NOT_A_PLACE = {"train/ranks.py", "train/watch.py"}  # whoever called them is
 
 
@@ -52,44 +52,36 @@ class FailedElsewhere(ConfigError):
 
 
 class Job:
-    """What the ranks of a job tell each other through its store. Raises RuntimeError once that is gone."""
+    """What the ranks of a job tell each other in its store. Raises RuntimeError once that is gone."""
 
     def __init__(self, store: Store, rank: int, world: int):
         self.store, self.rank, self.world = store, rank, world
-        self._beats = 0
 
     @staticmethod
-    def find(seconds: float = 5) -> Job | None:
+    def find() -> Job | None:
         """The job that the environment describes, by a connection of its own; None where there is none."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if world == 1 or not host or not port:
             return None
         try:
-            limit = timedelta(seconds=seconds)
-            store = TCPStore(host, int(port), is_master=False, timeout=limit, wait_for_workers=False)
+            store = TCPStore(host, int(port), timeout=timedelta(seconds=5), wait_for_workers=False)
         except RuntimeError:
             return None
+        store.set_timeout(timedelta(seconds=60))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return Job(PrefixStore(f"watch/{attempt}", store), rank, world)
 
-    def beat(self, moved: bool = True) -> None:
-        """This rank lives, and is where it is; `moved`: and the job goes on."""
-        self._beats += 1
-        where, waits = place()
-        state = {"beat": self._beats, "place": where, "waits": waits}
-        self.store.set(
-            f"rank/{self.rank}", json.dumps({**state, "host": socket.gethostname(), "pid": os.getpid()})
-        )
-        if moved:
-            self.store.set("moved", f"{self.rank} {self._beats}")
-
-    def moved(self) -> bytes:
-        """Changes whenever some rank makes progress."""
-        return self.store.get("moved")
-
     def states(self, ranks: Iterable[int]) -> dict[int, State]:
-        return {rank: json.loads(self.store.get(f"rank/{rank}")) for rank in ranks}
+        """What these ranks wrote last; none at all until each has begun."""
+        keys = {rank: f"rank/{rank}" for rank in ranks}
+        if not keys or not self.store.check(list(keys.values())):
+            return {}
+        return dict(zip(keys, map(json.loads, self.store.multi_get(list(keys.values()))), strict=True))
+
+    def done(self, rank: int) -> bool:
+        """Whether this rank ended as it should."""
+        return self.store.check([f"done/{rank}"])
 
     def claim(self, silent: Collection[int] = ()) -> bool:
         """Whether this rank is the one that says why the job ends; `silent` ones cannot end by themselves."""
@@ -101,22 +93,17 @@ class Job:
 
     def say(self, text: str, line: str) -> None:
         """Print `text`, let torchrun's report have the `line`, and let the others go."""
-        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
             with suppress(OSError):
-                message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
-                Path(path).write_text(json.dumps({"message": message}))
+                Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
         self.store.set("said", "")
 
-    def wait_for(self, key: str, seconds: float) -> None:
-        """Until a rank has claimed the `verdict`, or has `said` it; not longer than this."""
-        with suppress(DistStoreError):
-            self.store.wait([key], timedelta(seconds=seconds))
-
-    def silent(self, states: dict[int, State]) -> list[int]:
-        """Ranks that have not given a sign of life since `states`."""
-        now = self.states(states)
-        return [rank for rank, state in states.items() if state["beat"] == now[rank]["beat"]]
+    def wait_said(self, seconds: float) -> None:
+        """Until a rank has said why the job ends, but not longer than this."""
+        with suppress(RuntimeError):
+            self.store.wait(["said"], timedelta(seconds=seconds))
 
 
 class Watch:
@@ -124,7 +111,7 @@ class Watch:
 
     def __init__(self, job: Job | None = None, timeout_seconds: float = 600):
         self._job, self._timeout = job, timeout_seconds
-        self._count = self._seen = self._patience = 0
+        self._count = self._beats = self._patience = 0
         self._stopped = threading.Event()
 
     def progress(self) -> None:
@@ -139,7 +126,7 @@ class Watch:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """What happens here may take any time: only the death of a rank, or its silence, ends the job."""
+        """What happens here may take any time: only a rank that dies or stops answering ends the job."""
         self._patience += 1
         try:
             yield
@@ -151,25 +138,17 @@ class Watch:
         """Begin; from the main thread, on all ranks at about the same time."""
         if not self._job:
             return
-        self._job.beat()
-        first = self._job.rank - int(os.environ.get("LOCAL_RANK", 0))
-        here = set(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) - {self._job.rank}
-        self._job.store.wait([f"rank/{rank}" for rank in here], timedelta(seconds=60))
-        self._pids = {rank: state["pid"] for rank, state in self._job.states(here).items()}
+        self._beat(self._job)
         self._selector = selectors.DefaultSelector()
-        self._signals, self._wake = os.pipe()
+        self._wakeup, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
-        self._selector.register(self._signals, selectors.EVENT_READ)
-        self._processes = {}
-        for rank, pid in self._pids.items() if hasattr(os, "pidfd_open") else ():
-            with suppress(OSError):  # it has ended meanwhile: torchrun knows
-                self._processes[rank] = os.pidfd_open(pid)
-                self._selector.register(self._processes[rank], selectors.EVENT_READ, rank)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._neighbours = self._find_neighbours(self._job)
+        self._thread = threading.Thread(target=self._run, args=(self._job,), name="watch", daemon=True)
         self._thread.start()
         # Python's handlers wait for the main thread, which may be in a collective: the thread reads the pipe.
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGTERM, lambda *_: None if self._thread.is_alive() else os._exit(1))
 
     def stop(self) -> None:
         """The run is over: ranks may end as they please."""
@@ -178,207 +157,217 @@ class Watch:
             with suppress(RuntimeError):
                 self._job.store.set(f"done/{self._job.rank}", "")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
             os.write(self._wake, b"\0")
             self._thread.join(5)
-            signal.set_wakeup_fd(-1)
 
-    def _on_term(self, *_: object) -> None:
-        if not self._thread.is_alive():
-            os._exit(128 + signal.SIGTERM)
+    def _find_neighbours(self, job: Job) -> dict[int, int]:
+        """Other ranks of this machine with their processes, whose end the selector will report."""
+        first = job.rank - int(os.environ.get("LOCAL_RANK", 0))
+        ranks = set(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) - {job.rank}
+        job.store.wait([f"rank/{rank}" for rank in ranks])
+        pids = {rank: state["pid"] for rank, state in job.states(ranks).items()}
+        for rank, pid in pids.items() if hasattr(os, "pidfd_open") else ():
+            with suppress(OSError):  # it has ended meanwhile: torchrun knows
+                self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, rank)
+        return pids
 
-    def _run(self) -> None:
-        assert self._job
-        parent, under_torchrun = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
-        self._still_since, self._moved = time.monotonic(), b""
+    def _beat(self, job: Job) -> None:
+        self._beats += 1
+        self._count += self._patience > 0
+        where, waits = place()
+        state = {
+            "pid": os.getpid(),
+            "beat": self._beats,
+            "count": self._count,
+            "place": where,
+            "waits": waits,
+        }
+        job.store.set(f"rank/{job.rank}", json.dumps(state))
+
+    def _run(self, job: Job) -> None:
+        judge = Judge(job, self._timeout) if job.rank < JUDGES else None
         try:
             while not self._stopped.is_set():
-                self._tick(self._job)
-                if under_torchrun and os.getppid() != parent:
-                    self._job.claim()
-                    os._exit(1)  # torchrun was killed: nobody else would end this process
+                ready = [key for key, _ in self._selector.select(TICK)]
+                self._beat(job)
+                if verdict := job.verdict():
+                    if verdict["by"] != job.rank:
+                        self._leave(job, verdict)
+                    time.sleep(TICK)  # the main thread speaks, and ends
+                    continue
+                for key in ready:
+                    if key.data is not None:
+                        self._selector.unregister(key.fd)
+                        if not job.done(key.data):
+                            self._end(job, f"rank {key.data} {how_it_ended(self._neighbours[key.data])}")
+                if any(key.data is None for key in ready) and signal.SIGTERM in os.read(self._wakeup, 4096):
+                    self._end(job, f"rank {job.rank} was told to end (SIGTERM)")
+                if judge and (found := judge.look()):
+                    self._end(job, *found)
         except RuntimeError:
             self._store_is_gone()
 
-    def _store_is_gone(self) -> None:
-        """torchrun's store goes with the node that failed; rank 0's own goes when it ends."""
-        if self._stopped.wait(LINGER) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            return
-        if os.environ.get("LOCAL_RANK") == "0":
-            host = os.environ["MASTER_ADDR"]
-            print(
-                f"error: {host} has ended the job, or does not answer; see what it says",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(1)
-
-    def _tick(self, job: Job) -> None:
-        """Wait for news at most until the next beat, then look around."""
-        ready = [key for key, _ in self._selector.select(TICK)]
-        job.beat(moved=self._patience > 0 or self._count != self._seen)
-        self._seen = self._count
-        if verdict := job.verdict():
-            if verdict["by"] != job.rank:
-                self._leave(verdict)
-            time.sleep(TICK)  # the main thread speaks, and ends
-            return
-        for key in ready:
-            if key.data is not None:
-                self._process_ended(job, key.fd, key.data)
-        if any(key.fd == self._signals for key in ready) and signal.SIGTERM in os.read(self._signals, 4096):
-            self._end(f"rank {job.rank} was told to end by signal {int(signal.SIGTERM)} (SIGTERM)")
-        if job.moved() != self._moved:
-            self._still_since, self._moved = time.monotonic(), job.moved()
-        turn = min(job.rank, 2) * (SILENCE + 4 * TICK)  # usually rank 0 is the only judge
-        if time.monotonic() - self._still_since > self._timeout + turn:
-            self._judge(job)
-
-    def _process_ended(self, job: Job, fd: int, rank: int) -> None:
-        status = exit_status(self._pids[rank])
-        self._selector.unregister(fd)
-        if status != 0 and not job.store.check([f"done/{rank}"]):
-            self._end(f"rank {rank} {describe_end(status)}; mend it, then go on with resume=auto")
-
-    def _judge(self, job: Job) -> None:
-        """Nobody makes progress: say who hangs, unless it goes on after all."""
-        before = job.states(range(job.world))
-        for _ in range(round(SILENCE / TICK)):
-            time.sleep(TICK)
-            job.beat(moved=self._count != self._seen)
-        silent = job.silent(before)
-        if job.moved() == self._moved:
-            where = describe_places(job.states(range(job.world)), silent)
-            limit = f"no progress for {self._timeout:.0f} s (parallel.timeout_seconds)"
-            self._end(f"{where}: {limit}; go on with resume=auto", silent)
-
-    def _end(self, line: str, silent: Collection[int] = ()) -> None:
+    def _end(self, job: Job, line: str, silent: Collection[int] = ()) -> None:
         """Say it, if nobody has said anything yet, and end this process."""
-        assert self._job
-        if self._job.claim(silent):
-            self._job.say(f"error: {line}", line)
-        verdict = self._job.verdict()
+        if job.claim(silent):
+            line += "; go on with resume=auto"
+            job.say(f"error: {line}", line)
+        verdict = job.verdict()
         assert verdict
-        self._leave(verdict)
+        self._leave(job, verdict)
 
-    def _leave(self, verdict: dict[str, Any]) -> None:
-        assert self._job
-        self._job.wait_for("said", 5)
+    def _leave(self, job: Job, verdict: dict[str, Any]) -> None:
+        job.wait_said(5)
         for rank in verdict["silent"]:
-            if rank in self._processes:  # a stopped process would keep torchrun waiting
+            if rank in self._neighbours:  # a stopped process would keep torchrun waiting
                 with suppress(OSError):
-                    signal.pidfd_send_signal(self._processes[rank], signal.SIGKILL)
-        if verdict["by"] != self._job.rank:
+                    os.kill(self._neighbours[rank], signal.SIGKILL)
+        if verdict["by"] != job.rank:
             self._linger()
-        if sys.stdout.isatty():
-            print("\x1b[?25h", end="", flush=True)  # the cursor, which a progress bar hides
-        os._exit(1)
+        leave()
 
-    def _linger(self) -> None:
-        """Until torchrun ends this process, or long enough."""
+    def _linger(self) -> bool:
+        """Whether torchrun tells this process to end; otherwise waits."""
         with selectors.DefaultSelector() as selector:
-            selector.register(self._signals, selectors.EVENT_READ)
-            selector.select(LINGER)
+            selector.register(self._wakeup, selectors.EVENT_READ)
+            return bool(selector.select(LINGER))
+
+    def _store_is_gone(self) -> None:
+        """torchrun's store goes with its first node; rank 0's own goes when that rank ends."""
+        told = self._linger()
+        if self._stopped.is_set():
+            return
+        if not told and os.environ.get("LOCAL_RANK", "0") == "0":
+            host = os.environ["MASTER_ADDR"]
+            print(f"error: {host} has ended the job, or is gone; see there", file=sys.stderr, flush=True)
+        leave()
+
+
+class Judge:
+    """Sees from the states of all ranks that the job hangs."""
+
+    def __init__(self, job: Job, timeout_seconds: float):
+        self._job, self._timeout = job, timeout_seconds
+        self._limit = timeout_seconds + 2 * SILENCE * job.rank
+        self._moved = time.monotonic()
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: its last beat, and when that was new
+        self._counts: list[int] = []
+
+    def look(self) -> tuple[str, list[int]] | None:
+        """Why the job has to end, and the ranks that do not answer; None while all is well."""
+        now, states = time.monotonic(), self._job.states(range(self._job.world))
+        for rank, state in states.items():
+            if state["beat"] != self._seen.get(rank, (0, 0))[0]:
+                self._seen[rank] = state["beat"], now
+        if (counts := [state["count"] for state in states.values()]) != self._counts:
+            self._counts, self._moved = counts, now
+        oldest = min([self._moved, *(when for _, when in self._seen.values())])
+        if now - oldest < self._limit:
+            return None
+        silent = [rank for rank, (_, when) in self._seen.items() if now - when > SILENCE]
+        silent = [rank for rank in silent if not self._job.done(rank)]
+        if not silent and now - self._moved < self._limit:
+            return None
+        limit = f"no progress for {self._timeout:.0f} s (parallel.timeout_seconds)"
+        return f"{who_hangs(states, silent)}: {limit}", silent
 
 
 def speak(error: BaseException, line: str, trace: str = "") -> None:
-    """Print why this process ends, with a `trace` above the `line`, unless another rank says why they all do.
-
-    Without a store to agree by, what says it are FailedHere, other errors than ConfigError, and rank 0.
-    """
-    rank, wait = int(os.environ.get("RANK", 0)), seconds_for_others(error)
-    line = line if isinstance(error, ConfigError) and rank == 0 else f"rank {rank}: {line}"
-    text = "" if isinstance(error, KeyboardInterrupt) else f"{trace}error: {line}"
-    job = Job.find()
+    """Print why this process ends, with `trace` above `line`, unless another rank says why they all do."""
+    rank, job = int(os.environ.get("RANK", 0)), Job.find()
+    line = (
+        line
+        if isinstance(error, ConfigError) and not isinstance(error, FailedHere)
+        else f"rank {rank}: {line}"
+    )
+    text = f"{trace}error: {line}"
+    follows = isinstance(error, FailedElsewhere) or lost_others(error)
     if job is None:
-        if wait <= SILENCE:
-            print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+        if not follows and not isinstance(error, KeyboardInterrupt):
+            print(text, file=sys.stderr, flush=True)
         return
     with suppress(RuntimeError):  # the store went with the first node, which says why
-        before = job.states(range(job.world)) if wait == SILENCE else {}
-        if wait:
-            job.wait_for("verdict", wait)
-        if gone := job.verdict() is None and job.silent(before):
-            line = f"{named(gone)} gave no sign of life; mend it, then go on with resume=auto"
-            text = f"error: {line}"
+        if isinstance(error, KeyboardInterrupt):  # all know
+            job.store.set(f"done/{rank}", "")
+            return
+        if isinstance(error, FailedElsewhere):
+            job.wait_said(3600)  # it may have to send a model to W&B first
+        elif follows:
+            before = job.states(range(job.world))
+            job.wait_said(SILENCE)
+            after = job.states(before)
+            if gone := [rank for rank in before if before[rank]["beat"] == after[rank]["beat"]]:
+                text = f"error: {(line := f'{named(gone)} gone; go on with resume=auto')}"
         if job.claim():
             job.say(text, line)
+            time.sleep(2 * TICK)  # the others see it while there is a store
         else:
-            job.wait_for("said", 5)
+            job.wait_said(5)
             time.sleep(LINGER)
 
 
-def seconds_for_others(error: BaseException) -> float:
-    """How long another rank may take to say why the job ends; 0: this rank does, right away."""
-    if isinstance(error, FailedElsewhere):
-        return 3600  # it may have to send a model to W&B first; this rank's watch notices if it dies
-    if isinstance(error, ConfigError):  # else all ranks find it
-        return 0 if isinstance(error, FailedHere) or os.environ.get("RANK", "0") == "0" else 10
-    return SILENCE if lost_others(error) else 0
+def leave() -> None:
+    """End this process, whatever its main thread does."""
+    if sys.stdout.isatty():
+        print("\x1b[?25h", end="", flush=True)  # the cursor, which a progress bar hides
+    os._exit(1)
 
 
 def lost_others(error: BaseException) -> bool:
     """Whether a collective failed, as it does when other ranks have gone."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, RuntimeError) and in_collective(Path(frames[-1].f_code.co_filename))
+    return isinstance(error, RuntimeError) and in_collective(frames[-1].f_code.co_filename)
+
+
+def in_collective(file: str) -> bool:
+    return "torch/distributed/" in Path(file).as_posix()
 
 
 def place() -> tuple[str, bool]:
     """Where the main thread is, as file:line function of our own, and whether it waits for other ranks."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    where, waits = "", False
+    frame, waits = sys._current_frames().get(threading.main_thread().ident or 0), False
     while frame:
         path = Path(frame.f_code.co_filename)
-        waits = waits or in_collective(path)
-        if not where and path.is_relative_to(ROOT):
+        waits = waits or in_collective(str(path))
+        if path.is_relative_to(ROOT):
             file = path.relative_to(ROOT)
             if file.parts[0] in ROOMS and str(file) not in NOT_A_PLACE:
-                where = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+                return f"{file}:{frame.f_lineno} {frame.f_code.co_name}", waits
         frame = frame.f_back
-    return where or "unknown code", waits
+    return "other code", waits
 
 
-def in_collective(path: Path) -> bool:
-    return "torch/distributed/" in path.as_posix()
-
-
-def describe_places(states: dict[int, State], silent: Collection[int]) -> str:
-    """Who stood still: the silent, or else those in no collective, or else those that are not with most."""
+def who_hangs(states: dict[int, State], silent: Collection[int]) -> str:
+    """The silent, or else those in no collective, or else those apart from most; and where the others are."""
     places = {rank: state["place"] for rank, state in states.items() if rank not in silent}
-    groups = Counter(places.values()).most_common()
-    culprits = list(silent) or [rank for rank in places if not states[rank]["waits"]]
-    if len(culprits) in (0, len(states)):
-        clear = len(groups) > 1 and groups[0][1] > groups[1][1]
-        culprits = [rank for rank in places if clear and places[rank] != groups[0][0]]
-    parts = (
-        [f"{named(list(silent))} gave no sign of life (stopped, or the machine is gone)"] if silent else []
-    )
-    for where, _ in groups if not silent else ():
-        if here := [rank for rank in culprits or places if places[rank] == where]:
-            parts.append(f"{named(here)} stood still in {where}")
-    if others := Counter(places[rank] for rank in places if culprits and rank not in culprits).most_common(1):
-        parts.append(f"others waited in {others[0][0]}")
-    return ", ".join(parts[:4])
+    culprits = [rank for rank in places if not states[rank]["waits"]]
+    if silent or len(culprits) in (0, len(places)):
+        most = Counter(places.values()).most_common(1)
+        culprits = [rank for rank in places if places[rank] != most[0][0]]
+    parts = [f"{named(silent)} not answering"] if silent else []
+    for where in [] if silent else dict.fromkeys(places[rank] for rank in culprits or places):
+        parts.append(f"{named([rank for rank in culprits or places if places[rank] == where])} in {where}")
+    others = Counter(places[rank] for rank in places if silent or (culprits and rank not in culprits))
+    parts = parts[:3] + [f"others in {where}" for where, _ in others.most_common(1)]
+    return ", ".join(parts)
 
 
-def named(ranks: list[int]) -> str:
-    """Such as "rank 3", or "ranks 1, 2 and 5 more"."""
+def named(ranks: Collection[int]) -> str:
+    """Such as "rank 3 is", or "ranks 1, 2, 3, 4 and 5 more are"."""
     more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:4])) + more
+    words = ", ".join(map(str, list(ranks)[:4])) + more
+    return f"rank {words} is" if len(ranks) == 1 else f"ranks {words} are"
 
 
-def exit_status(pid: int) -> int | None:
-    """What a process of this machine that has just ended ended with, as waitpid says; None: too late."""
+def how_it_ended(pid: int) -> str:
+    """What a process of this machine that has just ended ended with."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().split()[-1])
-    except (OSError, ValueError):
-        return None
-
-
-def describe_end(status: int | None) -> str:
-    if status is None:
+        status = int(Path(f"/proc/{pid}/stat").read_text().split()[-1])
+    except (OSError, ValueError):  # torchrun was faster
         return "was killed, or ended without a word"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         why = ", perhaps for want of memory" if number == signal.SIGKILL else ""
         return f"was killed by signal {number} ({signal.Signals(number).name}){why}"
-    return f"ended with exit code {os.waitstatus_to_exitcode(status)}"
+    return f"ended before the others, with exit code {os.waitstatus_to_exitcode(status)}"

@@ -79,6 +79,11 @@ class Job:
             return {}
         return dict(zip(keys, map(json.loads, self.store.multi_get(list(keys.values()))), strict=True))
 
+    def silent_since(self, before: dict[int, State]) -> list[int]:
+        """Ranks that have not beaten since, and have not ended as they should."""
+        now = self.states(before)
+        return [r for r in before if before[r]["beat"] == now[r]["beat"] and not self.done(r)]
+
     def done(self, rank: int) -> bool:
         """Whether this rank ended as it should."""
         return self.store.check([f"done/{rank}"])
@@ -202,11 +207,20 @@ class Watch:
                         if not job.done(key.data):
                             self._end(job, f"rank {key.data} {how_it_ended(self._neighbours[key.data])}")
                 if any(key.data is None for key in ready) and signal.SIGTERM in os.read(self._wakeup, 4096):
-                    self._end(job, f"rank {job.rank} was told to end (SIGTERM)")
+                    self._told_to_end(job)
                 if judge and (found := judge.look()):
                     self._end(job, *found)
         except RuntimeError:
             self._store_is_gone()
+
+    def _told_to_end(self, job: Job) -> None:
+        """By a person, or by torchrun because of a rank of another machine: that one falls silent."""
+        before = job.states(range(job.world))
+        for _ in range(round(SILENCE / TICK)):
+            time.sleep(TICK)
+            self._beat(job)
+        gone = job.silent_since(before)
+        self._end(job, f"{named(gone)} gone" if gone else f"rank {job.rank} was told to end (SIGTERM)")
 
     def _end(self, job: Job, line: str, silent: Collection[int] = ()) -> None:
         """Say it, if nobody has said anything yet, and end this process."""
@@ -287,7 +301,7 @@ def speak(error: BaseException, line: str, trace: str = "") -> None:
         if not follows and not isinstance(error, KeyboardInterrupt):
             print(text, file=sys.stderr, flush=True)
         return
-    with suppress(RuntimeError):  # the store went with the first node, which says why
+    try:
         if isinstance(error, KeyboardInterrupt):  # all know
             job.store.set(f"done/{rank}", "")
             return
@@ -296,8 +310,7 @@ def speak(error: BaseException, line: str, trace: str = "") -> None:
         elif follows:
             before = job.states(range(job.world))
             job.wait_said(SILENCE)
-            after = job.states(before)
-            if gone := [rank for rank in before if before[rank]["beat"] == after[rank]["beat"]]:
+            if job.verdict() is None and (gone := job.silent_since(before)):
                 text = f"error: {(line := f'{named(gone)} gone; go on with resume=auto')}"
         if job.claim():
             job.say(text, line)
@@ -305,6 +318,8 @@ def speak(error: BaseException, line: str, trace: str = "") -> None:
         else:
             job.wait_said(5)
             time.sleep(LINGER)
+    except RuntimeError:
+        time.sleep(2 * LINGER)  # the store went with its machine: the watch says so
 
 
 def leave() -> None:

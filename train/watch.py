@@ -241,18 +241,17 @@ class Watch:
             self._linger()
         leave()
 
-    def _linger(self) -> bool:
-        """Whether torchrun tells this process to end; otherwise waits."""
+    def _linger(self) -> None:
+        """Until torchrun tells this process to end, or long enough."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._wakeup, selectors.EVENT_READ)
-            return bool(selector.select(LINGER))
+            selector.select(LINGER)
 
     def _store_is_gone(self) -> None:
         """torchrun's store goes with its first node; rank 0's own goes when that rank ends."""
-        told = self._linger()
-        if self._stopped.is_set():
+        if self._stopped.wait(LINGER):
             return
-        if not told and os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             host = os.environ["MASTER_ADDR"]
             print(f"error: {host} has ended the job, or is gone; see there", file=sys.stderr, flush=True)
         leave()
@@ -290,11 +289,8 @@ class Judge:
 def speak(error: BaseException, line: str, trace: str = "") -> None:
     """Print why this process ends, with `trace` above `line`, unless another rank says why they all do."""
     rank, job = int(os.environ.get("RANK", 0)), Job.find()
-    line = (
-        line
-        if isinstance(error, ConfigError) and not isinstance(error, FailedHere)
-        else f"rank {rank}: {line}"
-    )
+    everyones = isinstance(error, ConfigError) and (rank == 0 or not isinstance(error, FailedHere))
+    line = line if everyones else f"rank {rank}: {line}"
     text = f"{trace}error: {line}"
     follows = isinstance(error, FailedElsewhere) or lost_others(error)
     if job is None:

@@ -140,8 +140,8 @@ class ParallelConfig:
     cp                ranks that share every sequence out
     zero_ranks        ranks that share the masters and moments of everything else out; groups of so many
                       repeat each other's updates. None: as many as leave less than 5 % of filler
-    shard_dense       keep the layers' dense weights sharded, too, and gather them before each use; needs
-                      train.recompute=full
+    shard_dense       keep the layers' dense weights sharded, too, and gather them before each use; layers
+                      are then computed again in backward as with train.recompute=full
     expert_gradients  what experts' gradients travel in: "float32", or "bfloat16", rounded stochastically
     timeout_seconds   after so long without progress the job ends and names the rank that hangs
 
@@ -244,9 +244,6 @@ class RunConfig:
             self._check_lengths(phase)
             self._check_weights(phase)
         self._check_vocabulary()
-        kept = not self.parallel.shard_dense or self.train.recompute == "full"
-        rule = "full with parallel.shard_dense=true, or backward would keep every gathered layer"
-        _require(kept, "train.recompute", self.train.recompute, rule)
         decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
@@ -255,6 +252,11 @@ class RunConfig:
     @property
     def attention_mode(self) -> AttentionMode:
         return cast(AttentionMode, self.train.attention_mode)  # checked by TrainConfig
+
+    @property
+    def recompute(self) -> str:
+        """`train.recompute`, but where dense weights are sharded backward keeps no gathered layer."""
+        return "full" if self.parallel.shard_dense else self.train.recompute
 
     def zero_stage(self, world: int) -> int:
         """The ZeRO stage for so many ranks."""

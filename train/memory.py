@@ -183,7 +183,7 @@ def micro_batch_peak(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int
     with Tracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
-            recompute.apply(model, config.train.recompute)
+            recompute.apply(model, config.recompute)
             ids = torch.zeros(shape, dtype=torch.int64)
             further = torch.zeros(*shape, model_config.num_nextn_predict_layers, dtype=torch.int64)
         for parameter in model.parameters():
@@ -243,23 +243,20 @@ def refuse_if_too_large(memory: Memory, available: int, config: RunConfig, state
     remedies = [] if states_only else _remedies(memory, available, config)
     raise ConfigError(
         f"memory: the run needs about {need / GIB:,.1f} GiB on each rank, the device has"
-        f" {available / GIB:,.1f}; use {' or '.join([*remedies, 'a smaller model'][:3])}"
+        f" {available / GIB:,.1f}; use {' or '.join([*remedies, 'a smaller model'][:4])}"
     )
 
 
 def _remedies(memory: Memory, available: int, config: RunConfig) -> Iterator[str]:
     """The least change of each key that makes the run fit, where there is one; then of the ranks."""
-    least = replace(memory, activations=0, accumulates=True)
-    choices: dict[str, list[Any]] = {
-        "recompute": [*recompute.CONTEXTS][[*recompute.CONTEXTS, "none"].index(config.train.recompute) + 1 :]
-    }
-    for key in ("micro_batch", "seq_len") if least.total <= available else ():
-        for smaller in reversed(_divisors(getattr(config.train, key))[:-1]):
+    for key in ("recompute", "micro_batch", "seq_len"):
+        least = replace(memory, activations=0, accumulates=memory.accumulates or key != "recompute")
+        for less in _less(config, key) if least.total <= available else ():
             with suppress(ConfigError):  # sequences that the model cannot have
-                change: dict[str, Any] = {key: smaller}
+                change: dict[str, Any] = {key: less}
                 changed = replace(config, train=replace(config.train, **change))
                 if replace(least, activations=_activations(changed)).total <= available:
-                    yield f"train.{key}={smaller}"
+                    yield f"train.{key}={less}"
                     break
     if config.parallel.engine == "torch":
         return
@@ -269,6 +266,14 @@ def _remedies(memory: Memory, available: int, config: RunConfig) -> Iterator[str
         if replace(memory, **shared).total <= available:
             yield f"{memory.world * times} ranks"
             break
+
+
+def _less(config: RunConfig, key: str) -> Sequence[Any]:
+    """Values of `train.KEY` that need less memory than today's, the nearest first."""
+    now = getattr(config.train, key)
+    if key == "recompute":
+        return recompute.HOW[recompute.HOW.index(now) + 1 :]
+    return _divisors(now)[:-1][::-1]
 
 
 def _divisors(number: int) -> list[int]:

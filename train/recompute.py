@@ -32,10 +32,11 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
     "selective": partial(create_selective_checkpoint_contexts, list(KEPT)),
     "full": noop_context_fn,
 }
+HOW = ("none", *CONTEXTS)  # from most to least memory
 
 
 def apply(model: ForCausalLM, how: str) -> ForCausalLM:
-    """Have `model` recompute as `how` says: "none", "selective" or "full" (keys of `CONTEXTS`)."""
+    """Have `model` recompute as `how` says: one of `HOW`, with the meanings of `TrainConfig.recompute`."""
     model.around = partial(_checkpointed, CONTEXTS[how]) if how != "none" else ForCausalLM.around
     return model
 

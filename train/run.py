@@ -239,7 +239,7 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
     dtype, train, parallel = getattr(torch, config.precision.compute_dtype), config.train, config.parallel
     with device if parallel.engine == "torch" else torch.device("meta"):
         model = ForCausalLM(config.model)
-    recompute.apply(model, train.recompute)
+    recompute.apply(model, config.recompute)
     model.context = context_of(mesh)
     if parallel.engine == "torch":
         return TorchEngine(initialize(model, train.seed), config.optim, dtype, train.compile)

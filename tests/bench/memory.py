@@ -1,13 +1,16 @@
-"""Predicted and measured GPU memory of two training steps.
+"""Predicted and measured memory of three training steps, and their seconds.
 
     python -m tests.bench.memory [--out FILE]                      every case below, each in its own process
     python -m tests.bench.memory [--out FILE] experiment=nano ...  one case: Hydra overrides, as for training
+    python -m tests.bench.memory --recompute [--out FILE] [...]    the same with each train.recompute; without
+                                                                   overrides ref_1b7 at two sequence lengths
 
-Every line of JSON has the prediction by category and, for every stage, the most bytes that were allocated to
-tensors and reserved from the driver: `build` (the engine), then in both steps `micro_1` and `micro_2`
-(forward and backward) and `step` (the optimizer). Moments are made in the first step, so that the second is
-what a run keeps repeating. Random tokens; the bytes do not depend on them. `parallel=single` is the bare
-engine, `parallel=zero` DeepSpeed's; under torchrun rank 0 prints.
+Every line of JSON has the prediction by category and, for every stage, its seconds and the most bytes that
+were allocated to tensors and reserved from the driver: `build` (the engine), then in every step `micro_1` and
+`micro_2` (forward and backward) and `step` (the optimizer). Moments are made in the first step, so that the
+second is what a run keeps repeating; seconds are to be taken from the third. Random tokens; the bytes do not
+depend on them. `parallel=single` is the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0
+prints. On a CPU a `Tracker` counts, which is slow: for trying this program with a tiny model.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +31,10 @@ from torch import Tensor
 
 from configs.compose import compose
 from train.config import RunConfig
-from train.memory import predict
-from train.ranks import join
-from train.run import bucket_bytes, build_engine
+from train.memory import Tracker, predict
+from train.ranks import Ranks, join
+from train.recompute import HOW
+from train.run import bucket_bytes, build_engine, make_mesh
 
 MODELS = (
     "experiment=nano",
@@ -39,6 +45,10 @@ MODELS = (
     "experiment=ref_1b7 train.micro_batch=2 model.num_nextn_predict_layers=0 train.compile=false",
 )
 CASES = [f"{case} parallel={engine}" for engine in ("single", "zero") for case in MODELS]
+LENGTHS = [
+    f"experiment=ref_1b7 train.micro_batch=1 train.seq_len={length} parallel=single"
+    for length in (4096, 16384)
+]
 
 
 def random_batch(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
@@ -57,49 +67,83 @@ def random_batch(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def stages(config: RunConfig, ranks: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+def stages(config: RunConfig, ranks: Ranks) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is measured, in order: name and work."""
     engines = []
-    yield "build", lambda: engines.append(build_engine(config, ranks))
+    mesh = make_mesh(config, ranks)
+    yield "build", lambda: engines.append(build_engine(config, ranks.device, mesh))
     (engine,) = engines
 
     def micro_batch(last: bool) -> None:
         output = engine(random_batch(config, ranks.device), mode=config.attention_mode)
         engine.backward(torch.stack([loss for loss, _ in output.losses.values()]).sum(), last)
 
-    for step in (1, 2):
+    for step in (1, 2, 3):
         yield f"micro_1_of_step_{step}", lambda: micro_batch(last=False)
         yield f"micro_2_of_step_{step}", lambda: micro_batch(last=True)
         yield f"step_{step}", lambda: engine.step(1e-4, measure=True)
 
 
+def on_gpu(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds and bytes of `work`, by CUDA's allocator."""
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return {
+        "seconds": time.perf_counter() - began,
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "left": torch.cuda.memory_allocated(),
+    }
+
+
+def on_cpu(work: Callable[[], object], tracker: Tracker) -> dict[str, float]:
+    """Seconds and bytes of `work`, by the tracker that has seen everything before."""
+    tracker.restart()
+    began = time.perf_counter()
+    work()
+    return {"seconds": time.perf_counter() - began, "allocated": tracker.peak, "left": tracker.live}
+
+
 def measure(overrides: list[str]) -> dict[str, Any]:
-    """One case on this rank; bytes, and the prediction over the measured peak."""
+    """One case on this rank; bytes, seconds, and the prediction over the measured peak."""
     config = compose(overrides)
     tokens = config.train.seq_len * config.train.micro_batch
-    ranks = join("cuda")
+    ranks = join(config.train.device)
+    cuda = ranks.device.type == "cuda"
     config = replace(config, train=replace(config.train, batch_tokens=2 * tokens * ranks.world))
     memory = predict(config, ranks.world, bucket_bytes(config, ranks))
     found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world}
-    found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__}
     found |= {"predicted": asdict(memory), "predicted_total": memory.total, "error": None}
-    peaks: dict[str, dict[str, int]] = {}
+    measured: dict[str, dict[str, float]] = {}
     try:
-        for name, work in stages(config, ranks):
-            torch.cuda.reset_peak_memory_stats()
-            work()
-            torch.cuda.synchronize()
-            peaks[name] = {
-                "allocated": torch.cuda.max_memory_allocated(),
-                "reserved": torch.cuda.max_memory_reserved(),
-                "left": torch.cuda.memory_allocated(),
-            }
-    except torch.OutOfMemoryError as error:
+        with nullcontext() if cuda else Tracker("cpu") as tracker:
+            for name, work in stages(config, ranks):
+                measured[name] = on_gpu(work) if tracker is None else on_cpu(work, tracker)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         found["error"] = str(error).splitlines()[0]
-    found["measured"] = peaks
-    found["measured_total"] = max(stage["allocated"] for stage in peaks.values())
-    found["predicted_over_measured"] = round(memory.total / found["measured_total"], 4)
+    found["measured"] = measured
+    found["measured_total"] = max((stage["allocated"] for stage in measured.values()), default=0)
+    if not found["error"]:
+        found["predicted_over_measured"] = round(memory.total / found["measured_total"], 4)
     return found if ranks.first else {}
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Of torch, or of a library that asks for memory of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+def cases(overrides: list[str], recompute: bool) -> list[list[str]]:
+    """The overrides of every process to start."""
+    if not recompute:
+        return [case.split() for case in CASES]
+    bases = [overrides] if overrides else [case.split() for case in LENGTHS]
+    return [[*base, f"train.recompute={how}"] for base in bases for how in HOW]
 
 
 def main() -> None:
@@ -107,12 +151,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--recompute", action="store_true", help="compare the values of train.recompute")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
-    if not args.overrides:
+    if args.recompute or not args.overrides:
         out = ["--out", str(args.out)] if args.out else []
-        for case in CASES:
-            subprocess.run([sys.executable, "-m", "tests.bench.memory", *out, *case.split()], check=False)
+        for case in cases(args.overrides, args.recompute):
+            subprocess.run([sys.executable, "-m", "tests.bench.memory", *out, *case], check=False)
         return
     found = measure(args.overrides)
     if not found:

@@ -18,6 +18,15 @@ SPEED = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak 
 ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "optimizer", "peak memory")
 DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
+RECOMPUTE = (
+    "configuration",
+    "train.recompute",
+    "seconds a micro-batch",
+    "seconds a step of two",
+    *MEMORY[1:],
+)
+
+STEP = ("micro_2_of_step", "micro_1_of_step", "step")
 
 
 def speed_row(result: Result) -> Row:
@@ -50,9 +59,20 @@ def engine_row(result: Result, bare: Result) -> Row:
 
 def memory_row(result: Result) -> Row:
     """Of `tests.bench.memory`."""
-    totals = (result[f"{kind}_total"] / 2**30 for kind in ("predicted", "measured"))
-    ratio = f"{result['predicted_over_measured']:.3f}"
-    return (result["case"], *(f"{total:.2f} GiB" for total in totals), ratio)
+    predicted, measured = (f"{result[f'{kind}_total'] / 2**30:.2f} GiB" for kind in ("predicted", "measured"))
+    if result["error"]:
+        return (result["case"], predicted, "out of memory", "")
+    return (result["case"], predicted, measured, f"{result['predicted_over_measured']:.3f}")
+
+
+def recompute_row(result: Result) -> Row:
+    """Of `tests.bench.memory --recompute`."""
+    case, how = result["case"].rsplit(" train.recompute=", 1)
+    times = ("", "")
+    if not result["error"]:
+        micro, *rest = (result["measured"][f"{name}_3"]["seconds"] for name in STEP)
+        times = (f"{micro:.3f}", f"{micro + sum(rest):.3f}")
+    return (case, how, *times, *memory_row(result)[1:])
 
 
 def data_rows(result: Result) -> list[Row]:
@@ -93,7 +113,10 @@ def main(paths: list[str]) -> None:
     print_table(SPEED, (speed_row(result) for result in results if "side" in result))
     print_table(ENGINE, (engine_row(r, bare[r["model"], r["batch"], r["compile"]]) for r in engines))
     print_table(DATA, (row for result in results if "machine" in result for row in data_rows(result)))
-    print_table(MEMORY, (memory_row(result) for result in results if result.get("measured_total")))
+    memory = [result for result in results if "predicted_total" in result]
+    compared = [result for result in memory if " train.recompute=" in result["case"]]
+    print_table(MEMORY, (memory_row(result) for result in memory if result not in compared))
+    print_table(RECOMPUTE, (recompute_row(result) for result in compared))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ WRONG: dict[str, list[str]] = {
     "train.steps=100,200": ["train.steps", "-m"],
     "hydra.run.dir=here": ["hydra.run.dir", "-m"],
     "train.seed=${nope}": ["train.seed", "nope"],
+    # parallelism that cannot be, whatever the number of ranks
+    "parallel=cp8": [
+        "train.seq_len is 512",
+        "parallel.cp · model.compress_rates.heavily_compressed_attention",
+    ],
+    "parallel.cp=3": ["train.seq_len is 512", "parallel.cp = 3"],
+    "parallel.ep=0": ["parallel.ep", "1 or more"],
+    "parallel.expert_gradients=float16": ["parallel.expert_gradients", "float32 or bfloat16"],
     # values out of range
     "train.steps=0": ["train.steps", "1 or more"],
     "train.device=tpu": ["train.device", "auto, cpu or cuda"],

@@ -22,6 +22,7 @@ from model.init import initialize
 from model.model import ForCausalLM
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, tiny_config
+from train import recompute
 from train.config import ParallelConfig, PrecisionConfig, RunConfig
 from train.engine import Engine, TorchEngine
 from train.memory import WORKSPACES, Memory, Tracker, micro_batch_peak, predict, refuse_if_too_large, table
@@ -52,7 +53,8 @@ def run_config(
 
 def engine_for(config: RunConfig) -> Engine:
     dtype = getattr(torch, config.precision.compute_dtype)
-    return TorchEngine(initialize(ForCausalLM(config.model), 0), config.optim, dtype)
+    model = recompute.apply(initialize(ForCausalLM(config.model), 0), config.train.recompute)
+    return TorchEngine(model, config.optim, dtype)
 
 
 def one_micro_batch(engine: Engine, config: RunConfig, last: bool = True) -> None:
@@ -131,11 +133,18 @@ CASES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def recomputing(config: RunConfig, how: str) -> RunConfig:
+    return replace(config, train=replace(config.train, recompute=how))
+
+
+@pytest.mark.parametrize("how", recompute.HOW)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("changes", "mode"), CASES)
-def test_activations_are_those_of_real_tensors(changes: dict[str, Any], mode: str, dtype: str) -> None:
+def test_activations_are_those_of_real_tensors(
+    changes: dict[str, Any], mode: str, dtype: str, how: str
+) -> None:
     """The second micro-batch of a real engine, packed documents and all, under the same tracker."""
-    config = run_config(dtype=dtype, **changes)
+    config = recomputing(run_config(dtype=dtype, **changes), how)
     config = replace(config, train=replace(config.train, attention_mode=mode))
     with Tracker("cpu") as tracker:
         engine = engine_for(config)
@@ -146,14 +155,21 @@ def test_activations_are_those_of_real_tensors(changes: dict[str, Any], mode: st
     assert tracker.peak - before == predict(config).activations + batch
 
 
+@pytest.mark.parametrize("how", recompute.HOW)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_recomputed_attention(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_recomputed_attention(monkeypatch: pytest.MonkeyPatch, dtype: str, how: str) -> None:
     monkeypatch.setattr(model.kernels.attention, "LOGIT_BUDGET", 30_000)  # three blocks of queries at once
-    test_activations_are_those_of_real_tensors({}, "sparse", dtype)
+    test_activations_are_those_of_real_tensors({}, "sparse", dtype, how)
 
 
-def test_depth_is_extrapolated_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config("sschchcchhchcchh", hc_sinkhorn_iters=1)
+def test_recomputing_needs_less_and_less() -> None:
+    needs = [predict(recomputing(run_config("schchc"), how)).activations for how in recompute.HOW]
+    assert needs == sorted(needs, reverse=True) and needs[2] < needs[1] < 0.8 * needs[0]
+
+
+@pytest.mark.parametrize("how", recompute.HOW)
+def test_depth_is_extrapolated_exactly(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    config = recomputing(run_config("sschchcchhchcchh", hc_sinkhorn_iters=1), how)
     kinds = list(zip(config.model.layer_types, config.model.mlp_layer_types, strict=True))
     whole = micro_batch_peak(config, kinds)
     depths = []
@@ -302,6 +318,18 @@ def test_refusal_names_the_least_change_that_helps() -> None:
     assert "train.seq_len=40 or " in refusal(config, by_length[2] - 1)
     states = predict(config).states
     assert refusal(config, states).endswith("use a smaller model")
+
+
+def test_refusal_offers_recomputing() -> None:
+    """The mildest that helps, before what changes batches."""
+    config = run_config("schc", rows=4, steps=1, **QUICK)
+    none, selective, full = (sized(config, recompute=how) for how in recompute.HOW)
+    assert full < selective < none
+    assert "; use train.recompute=selective or train.micro_batch=2 or" in refusal(config, none - 1)
+    assert "; use train.recompute=full or train.micro_batch=" in refusal(config, selective - 1)
+    assert "recompute" not in refusal(config, full - 1)
+    assert "recompute" not in refusal(recomputing(config, "full"), full - 1)
+    assert "train.recompute=full" in refusal(recomputing(config, "selective"), selective - 1)
 
 
 def test_refusal_counts_ranks() -> None:

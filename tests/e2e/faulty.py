@@ -1,4 +1,4 @@
-"""python -m tests.e2e.faulty KEY=VALUE …: `python -m train` with a bug that rank 1 meets in its third step."""
+"""python -m tests.e2e.faulty …: `python -m train`, whose rank 1 meets a bug in its third step."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.runs import ROOT, options, run
+from train import checkpoint
 
 LONG = ["train.steps=500", "train.save_every=2", "train.eval_every=500", "parallel.timeout_seconds=4"]
 
@@ -40,7 +41,7 @@ def torchrun(
 
 
 def processes(runs: Path) -> Iterator[Path]:
-    """Those in /proc whose arguments or environment name the folder `runs`; their children inherit neither."""
+    """Those in /proc that write to the folder `runs`."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"run.dir={runs}".encode() in (folder / "cmdline").read_bytes():
@@ -85,5 +86,47 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(corpus: Path, tmp_path: Path
     wait_for_steps(job, tmp_path / "killed", 6)
     os.kill(rank(1, tmp_path), signal.SIGKILL)
     ends(job, tmp_path, "rank 1 was killed by signal 9", seconds=20)
-    result = run(corpus, tmp_path, "run.name=killed", "resume=auto", "train.steps=8", world=2)
-    assert result.returncode == 0 or "is beyond it" in result.stderr, result.stderr[-3000:]
+    folder = tmp_path / "killed" / "checkpoints"
+    more = checkpoint.step_of(checkpoint.all_steps(folder)[-1]) + 1
+    result = run(corpus, tmp_path, "run.name=killed", "resume=auto", f"train.steps={more}", world=2)
+    assert result.returncode == 0 and f"step-{more - 1:08d}" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_job(corpus: Path, tmp_path: Path) -> None:
+    job = torchrun(corpus, tmp_path, *LONG, "run.name=stopped")
+    wait_for_steps(job, tmp_path / "stopped", 4)
+    os.kill(rank(1, tmp_path), signal.SIGSTOP)
+    ends(job, tmp_path, "rank 1 is not answering, others in train/", seconds=30)
+
+
+def test_a_bug_on_one_rank_is_one_traceback(corpus: Path, tmp_path: Path) -> None:
+    job = torchrun(corpus, tmp_path, *LONG, "run.name=bug", module="tests.e2e.faulty")
+    wait_for_steps(job, tmp_path / "bug", 1)
+    errors = ends(job, tmp_path, "rank 1: ValueError: a bug", seconds=60)
+    assert errors.count("Traceback") == 2  # the bug's, and torchrun's own at the end
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(corpus: Path, tmp_path: Path) -> None:
+    """A torchrun for each rank, as on two machines, with experts on both; then a refusal on both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = (
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+    )
+    for extra, code in (["parallel.ep=2"], 0), (["optim.lr=-1"], 1):
+        nodes = [torchrun(corpus, tmp_path, "run.name=two", *extra, launcher=launcher) for _ in range(2)]
+        errors = "".join(node.communicate(timeout=120)[1] for node in nodes)
+        assert [node.returncode for node in nodes] == [code, code], errors
+        assert [line for line in errors.splitlines() if line.startswith("error: ")][1:] == []
+    assert "error: optim.lr" in errors
+    alone = run(corpus, tmp_path, "run.name=one", "parallel.ep=2", world=2)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert (tmp_path / "two" / "metrics.jsonl").read_text() == (
+        tmp_path / "one" / "metrics.jsonl"
+    ).read_text()

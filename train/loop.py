@@ -104,6 +104,7 @@ def train(config: RunConfig) -> float:
                     if run.step % config.train.save_every:
                         run.save()
                     run.report.stopped(run.saved(), run.step)
+                    exit_code = 130
                     raise KeyboardInterrupt
         loss = run.finish()
         exit_code = 0

@@ -179,7 +179,7 @@ class Run:
         with self.ranks.watch.patient():
             self.data.close()
             self.tracker.close(exit_code)
-        if exit_code == 0:
+        if exit_code != 1:  # all ranks have come to an end, as far as the run goes or as asked
             self.ranks.watch.stop()
 
 
@@ -197,7 +197,7 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
     folder, resumed = ranks.share(found)
     mesh = make_mesh(config, ranks)
     buckets = bucket_bytes(config, ranks)
-    phases = [predict(config.during(phase), mesh, buckets) for phase in config.timeline]
+    phases = [predict(config.during(phase), ranks.world, buckets) for phase in config.timeline]
     memory = max(phases, key=lambda memory: memory.total)
     available = _available(ranks.device)
     ranks.together(

@@ -115,9 +115,8 @@ class Tracker(TorchDispatchMode):
         return self.live
 
 
-def predict(config: RunConfig, mesh: Any = 1, buckets: int = 0) -> Memory:
+def predict(config: RunConfig, world: int = 1, buckets: int = 0) -> Memory:
     """The memory of each rank of a run over `world` ranks whose engine reduces in `buckets` bytes."""
-    world = getattr(mesh, "world", mesh)
     return Memory(**_apart_from_activations(config, world, buckets), activations=_activations(config))
 
 

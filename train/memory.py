@@ -25,17 +25,24 @@ from configs.errors import ConfigError
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
+from optim.partition import View, whole_views
 from train import recompute
 from train.config import RunConfig
+from train.parallel import standins
+from train.parallel.dense import sharded_names
+from train.parallel.expert import share_experts
+from train.parallel.mesh import Mesh
+from train.zero import SHARDED, partition
 
 GIB = 2**30
+ALONE = Mesh()
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS on Hopper: one for the thread of forward, one for that of backward
 SATURATED = 2**27  # numbers; more matrices of one shape add nothing to what Muon works on at once
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each of `world` ranks; `accumulates`: a step has several micro-batches.
+    """Bytes on each rank of `mesh`; `accumulates`: gradients exist beside all that a micro-batch adds.
 
     weights      as they are computed with, and the routers' buffers
     masters      fp32; under ZeRO this rank's partition of all, else copies of narrower weights
@@ -44,7 +51,8 @@ class Memory:
     activations  the most that one micro-batch adds: what backward needs, and temporaries
     scratch      the most that the optimizer's step adds
     buffers      of ZeRO's reduction and of libraries
-    build        before any of these but masters: weights as they are initialised, all in fp32
+    build        before any of these but masters: weights as they are initialised, all in fp32; under ZeRO
+                 in their own dtypes, beside what DeepSpeed copies them and the masters into
     """
 
     weights: int
@@ -55,7 +63,7 @@ class Memory:
     scratch: int
     buffers: int
     build: int
-    world: int
+    mesh: Mesh
     accumulates: bool
 
     @property
@@ -115,64 +123,119 @@ class Tracker(TorchDispatchMode):
         return self.live
 
 
-def predict(config: RunConfig, world: int = 1, buckets: int = 0) -> Memory:
-    """The memory of each rank of a run over `world` ranks whose engine reduces in `buckets` bytes."""
-    return Memory(**_apart_from_activations(config, world, buckets), activations=_activations(config))
+def predict(config: RunConfig, mesh: Mesh = ALONE, buckets: int = 0) -> Memory:
+    """The memory of each rank of a run on `mesh` whose engine reduces in `buckets` bytes."""
+    apart = _apart_from_activations(config, mesh, buckets)
+    return Memory(**apart, activations=_activations(config, mesh))
 
 
-def _apart_from_activations(config: RunConfig, world: int, buckets: int) -> dict[str, Any]:
+def _apart_from_activations(config: RunConfig, mesh: Mesh, buckets: int) -> dict[str, Any]:
     """All other fields of `Memory`."""
     with torch.device("meta"):
         model = ForCausalLM(config.model)
-    dtype, zero = getattr(torch, config.precision.compute_dtype), config.parallel.engine == "deepspeed"
+    states = _zero_states if config.parallel.engine == "deepspeed" else _torch_states
+    found = states(model, config, mesh)
+    found["weights"] += sum(b.nbytes for b in model.buffers())
+    found["buffers"] += WORKSPACES + buckets
+    return found | {"mesh": mesh, "accumulates": _accumulates(config, mesh)}
+
+
+def _torch_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Of `TorchEngine`."""
+    dtype = getattr(torch, config.precision.compute_dtype)
     every = sum(p.numel() for p in model.parameters())
     narrow = sum(p.numel() for name, p in model.named_parameters() if not stays_fp32(name))
-    groups = build_groups(model.named_parameters(), config.model, config.optim)
+    groups = build_groups(model.named_parameters(), model.config, config.optim)
     trained = [group for group in groups if group["set"] == "model"]  # the indexer is switched off
-    sizes = {group["algorithm"]: sum(p.numel() for p in group["params"]) for group in trained}
-    masters = every if zero else narrow if dtype.itemsize < 4 else 0
-    shards = world if zero else 1
-    reduces = zero and config.zero_stage(world) == 2  # each micro-batch's gradients, then added to the sums
-    gradients = 4 * (-(-every // shards) if reduces else sum(sizes.values()))
+    sizes = [sum(p.numel() for p in group["params"]) for group in trained]
     return {
-        "weights": 4 * (every - narrow) + dtype.itemsize * narrow + sum(b.nbytes for b in model.buffers()),
-        "masters": 4 * -(-masters // shards),
-        "gradients": gradients,
-        "moments": 4 * -(-(sizes.get("muon", 0) + 2 * sizes["adamw"]) // shards),
-        "scratch": max(_scratch(group, shards) for group in trained),
-        "buffers": WORKSPACES + buckets + (gradients if reduces else 0),
+        "weights": 4 * (every - narrow) + dtype.itemsize * narrow,
+        "masters": 4 * narrow if dtype.itemsize < 4 else 0,
+        "gradients": 4 * sum(sizes),
+        "moments": sum(_moments(group) * size for group, size in zip(trained, sizes, strict=True)),
+        "scratch": max(_scratch(group, whole_views(group)) for group in trained),
+        "buffers": 0,
         "build": 4 * every,
-        "world": world,
-        "accumulates": _micro_batches(config, world) > 1,
     }
 
 
-def _micro_batches(config: RunConfig, world: int) -> int:
-    return config.train.batch_tokens // (config.train.seq_len * config.train.micro_batch * world)
+def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Of `ZeroEngine`, on the rank that holds most of each group."""
+    share_experts(model, mesh)
+    dtype, stage = getattr(torch, config.precision.compute_dtype), config.zero_stage(mesh.world)
+    sharded = set(sharded_names(model)) if config.parallel.shard_dense else set()
+    groups, layouts = partition(model, config.optim, dtype, stage, sharded, mesh)
+    found = dict.fromkeys(("weights", "masters", "gradients", "moments", "buffers"), 0)
+    flat = scratch = slices = owned = 0
+    for group, layout in zip(groups, layouts, strict=True):
+        own, whole = layout.size, layout.size * group["sharing"].size
+        trains = group["set"] == "model"
+        found["masters"] += 4 * own
+        if group["name"] == SHARDED:
+            part = -(-(whole - layout.filler) // mesh.zero_size)
+            found["weights"] += dtype.itemsize * part
+            slices, owned = slices + part, owned + own
+        else:
+            found["weights"] += group["dtype"].itemsize * whole
+            numbers = own if stage == 2 else (whole - layout.filler) * trains
+            found["gradients"] += 4 * numbers
+            flat = max(flat, group["dtype"].itemsize * whole)
+            if stage == 2:  # each micro-batch's, then added to the sums
+                found["buffers"] += 4 * numbers
+            if group["holders"] > 1:  # added up over those who repeat the update
+                scratch = max(scratch, 4 * own)
+        if trains:
+            most = max(layout.views, key=lambda views: sum(view.piece.numel for view in views))
+            found["moments"] += _moments(group) * sum(view.piece.numel for view in most)
+            scratch = max(scratch, _scratch(group, most))
+    found["gradients"] += 4 * slices
+    found["scratch"] = 4 * owned + max(scratch, 4 * (slices + owned) if slices else 0)  # to the owners
+    found["build"] = found["weights"] + flat + found["masters"]  # a copy of each before DeepSpeed's
+    return found
 
 
-def _activations(config: RunConfig) -> int:
+def _moments(group: dict[str, Any]) -> int:
+    """Bytes for a number that trains."""
+    return 4 if group["algorithm"] == "muon" else 8
+
+
+def _accumulates(config: RunConfig, mesh: Mesh) -> bool:
+    """Whether gradients exist beside all of a micro-batch's activations: of those before it, as they do where
+    dense weights are sharded, or of its later layers, for which ZeRO has no order of its own."""
+    again = config.parallel.engine == "deepspeed" and config.recompute != "none"
+    return again or _micro_batches(config, mesh) > 1
+
+
+def _micro_batches(config: RunConfig, mesh: Mesh) -> int:
+    return config.train.batch_tokens // (config.train.seq_len * config.train.micro_batch * mesh.data_world)
+
+
+def _activations(config: RunConfig, mesh: Mesh) -> int:
     """Of the whole model, or where that is less work by kinds of layers: memory is linear in their numbers.
 
     Then the first layer, into which one stream comes, and the last of each kind stand for all: what others
-    keep lies under the peak, which is at the end of forward or soon after.
+    keep lies under the peak, which is at the end of forward or soon after. Where little is kept, a first
+    micro-batch's gradients may grow faster than that shrinks: then there is no way around the whole.
     """
     kinds = list(zip(config.model.layer_types, config.model.mlp_layer_types, strict=True))
     last = {kind: index for index, kind in enumerate(kinds)}
     first, *rest = (kinds[index] for index in sorted({0, *last.values()}))
     more = Counter(kinds) - Counter([first, *rest])
-    if (1 + len(rest)) * (1 + len(more)) >= len(kinds):
-        return micro_batch_peak(config, kinds)
-    base = micro_batch_peak(config, [first, *rest])
-    added = {kind: micro_batch_peak(config, [first, kind, *rest]) - base for kind in more}
+    grows = config.recompute != "none" and not _accumulates(config, mesh)
+    if grows or (1 + len(rest)) * (1 + len(more)) >= len(kinds):
+        return micro_batch_peak(config, kinds, mesh, grows)
+    base = micro_batch_peak(config, [first, *rest], mesh)
+    added = {kind: micro_batch_peak(config, [first, kind, *rest], mesh) - base for kind in more}
     return base + sum(count * added[kind] for kind, count in more.items())
 
 
-def micro_batch_peak(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int:
+def micro_batch_peak(
+    config: RunConfig, kinds: Sequence[tuple[str, str]], mesh: Mesh = ALONE, grows: bool = False
+) -> int:
     """Most bytes that one micro-batch adds in a model of layers of these (layer type, MLP layer type).
 
-    Gradients are freed once made, as if added to sums that exist. Of the Sinkhorn iterations, compiled
-    hyper-connections keep no more for backward than eager ones do of the first.
+    Gradients are freed once made, as if added to sums that exist; if it `grows`, these sums are made. Of the
+    Sinkhorn iterations, compiled hyper-connections keep no more for backward than eager ones do of the first.
     """
     layer_types, mlp_layer_types = map(list, zip(*kinds, strict=True))
     changes: dict[str, Any] = {"layer_types": layer_types, "mlp_layer_types": mlp_layer_types}
@@ -180,36 +243,37 @@ def micro_batch_peak(config: RunConfig, kinds: Sequence[tuple[str, str]]) -> int
         changes["hc_sinkhorn_iters"] = 1
     model_config = replace(config.model, num_hidden_layers=len(kinds), **changes)
     shape = (config.train.micro_batch, config.train.seq_len)
+    sums: list[Tensor] = []
+
+    def take(parameter: Tensor) -> None:
+        if grows and parameter.grad is not None:
+            sums.append(parameter.grad.float())
+        parameter.grad = None
+
     with Tracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
             recompute.apply(model, config.recompute)
+            standins.apart(model, mesh, config.parallel.shard_dense)
             ids = torch.zeros(shape, dtype=torch.int64)
             further = torch.zeros(*shape, model_config.num_nextn_predict_layers, dtype=torch.int64)
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+            parameter.register_post_accumulate_grad_hook(take)
         before = tracker.restart()
         output = model(ids, ids, ids, ids, further, mode=config.attention_mode)
         torch.stack([loss for loss, _ in output.losses.values()]).sum().backward()
     return tracker.peak - before
 
 
-def _forget_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _scratch(group: dict[str, Any], world: int) -> int:
-    """Most bytes that a step of this group of `build_groups` adds where it is one of `world` equal shares."""
+def _scratch(group: dict[str, Any], views: Sequence[View]) -> int:
+    """Most bytes that a step of a group of parameters adds where it updates these pieces of them."""
     muon = group["algorithm"] == "muon"
-    matrices: Counter[tuple[int, int]] = Counter()
-    for parameter, blocks in zip(group["params"], group.get("blocks", ()), strict=muon):
-        for rows in blocks:
-            matrices[rows, parameter.shape[-1]] += parameter.shape[:-2].numel()
+    matrices = Counter((rows, view.piece.shape[-1]) for view in views for rows in view.rows if muon)
     shapes = [
         shape
         for shape, count in matrices.items()
-        for _ in range(min(-(-count // world), max(1, SATURATED // math.prod(shape))))
-    ] or [(1, -(-sum(p.numel() for p in group["params"]) // world))]
+        for _ in range(min(count, max(1, SATURATED // math.prod(shape))))
+    ] or [(1, sum(view.piece.numel for view in views))]
     with torch.no_grad(), Tracker() as tracker, torch.device("meta"):
         a, b, c, d = ([torch.empty(shape) for shape in shapes] for _ in range(4))
         before = tracker.restart()
@@ -255,16 +319,18 @@ def _remedies(memory: Memory, available: int, config: RunConfig) -> Iterator[str
             with suppress(ConfigError):  # sequences that the model cannot have
                 change: dict[str, Any] = {key: less}
                 changed = replace(config, train=replace(config.train, **change))
-                if replace(least, activations=_activations(changed)).total <= available:
+                if replace(least, activations=_activations(changed, memory.mesh)).total <= available:
                     yield f"train.{key}={less}"
                     break
     if config.parallel.engine == "torch":
         return
-    buckets = memory.buffers - _apart_from_activations(config, memory.world, 0)["buffers"]
-    for times in _divisors(_micro_batches(config, memory.world))[1:]:
-        shared = _apart_from_activations(config, memory.world * times, buckets)
-        if replace(memory, **shared).total <= available:
-            yield f"{memory.world * times} ranks"
+    mesh = memory.mesh
+    buckets = memory.buffers - _apart_from_activations(config, mesh, 0)["buffers"]
+    for times in _divisors(_micro_batches(config, mesh))[1:]:
+        zero = mesh.zero_size * (times if mesh.zero_size == mesh.world else 1)
+        larger = replace(mesh, world=mesh.world * times, zero_size=zero)
+        if replace(memory, **_apart_from_activations(config, larger, buckets)).total <= available:
+            yield f"{larger.world} ranks"
             break
 
 

@@ -197,7 +197,7 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
     folder, resumed = ranks.share(found)
     mesh = make_mesh(config, ranks)
     buckets = bucket_bytes(config, ranks)
-    phases = [predict(config.during(phase), ranks.world, buckets) for phase in config.timeline]
+    phases = [predict(config.during(phase), mesh, buckets) for phase in config.timeline]
     memory = max(phases, key=lambda memory: memory.total)
     available = _available(ranks.device)
     ranks.together(

@@ -71,15 +71,7 @@ class ZeroEngine(Engine):
         device = device or model.lm_head.weight.device
         share_experts(model, self.mesh)
         sharded = set(sharded_names(model)) if shard_dense else set()
-        groups = _split(
-            build_groups(model.named_parameters(), model.config, config),
-            compute_dtype,
-            stage,
-            sharded,
-            self.mesh,
-            self.mesh.first_expert(model.config.n_routed_experts),
-        )
-        layouts = [lay_out(group["views"], group["sharing"].size) for group in groups]
+        groups, layouts = partition(model, config, compute_dtype, stage, sharded, self.mesh)
         self.shards = DenseShards(model, self.mesh.dense, compute_dtype, device) if sharded else None
         self._build(groups, layouts, seed, device)
         wrapped = _LossesOnly(model)
@@ -227,6 +219,21 @@ class _LossesOnly(nn.Module):
         filler = nn.Parameter(torch.zeros(numbers, dtype=like.dtype, device=like.device))
         self.register_parameter(f"filler_{len(self._parameters)}", filler)
         return filler
+
+
+def partition(
+    model: ForCausalLM,
+    config: OptimConfig,
+    compute_dtype: torch.dtype,
+    stage: int,
+    sharded: set[str],
+    mesh: Mesh,
+) -> tuple[list[dict[str, Any]], list[Layout]]:
+    """The engine's groups (`_split`) of a model that holds this rank's experts, and the layout of each."""
+    every = build_groups(model.named_parameters(), model.config, config)
+    first_expert = mesh.first_expert(model.config.n_routed_experts)
+    groups = _split(every, compute_dtype, stage, sharded, mesh, first_expert)
+    return groups, [lay_out(group["views"], group["sharing"].size) for group in groups]
 
 
 def zero_ranks(model: ForCausalLM, config: OptimConfig, world: int) -> int:

@@ -1,28 +1,30 @@
-"""Predicted and measured memory of three training steps, and their seconds.
+"""Predicted and measured memory of training steps, and their seconds.
 
     python -m tests.bench.memory [--out FILE]                      every case below, each in its own process
     python -m tests.bench.memory [--out FILE] experiment=nano ...  one case: Hydra overrides, as for training
-    python -m tests.bench.memory --recompute [--out FILE] [...]    the same with each train.recompute; without
-                                                                   overrides ref_1b7 at two sequence lengths
+    python -m tests.bench.memory --recompute [--out FILE] [...]    steps of 1 micro-batch, each recomputation:
+                                                                   ref_1b7 at two lengths or these overrides
 
 Every line of JSON has the prediction by category and, for every stage, its seconds and the most bytes that
 were allocated to tensors and reserved from the driver: `build` (the engine), then in every step `micro_1` and
-`micro_2` (forward and backward) and `step` (the optimizer). Moments are made in the first step, so that the
-second is what a run keeps repeating; seconds are to be taken from the third. Random tokens; the bytes do not
-depend on them. `parallel=single` is the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0
-prints. On a CPU a `Tracker` counts, which is slow: for trying this program with a tiny model.
+on (forward and backward) and `step` (the optimizer). Moments are made in the first step, which warms up;
+`seconds` is the median of the others. Random tokens; the bytes do not depend on them. `parallel=single` is
+the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0 prints. Without a GPU a `Tracker` counts,
+which is slow: for trying this program with a tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ MODELS = (
 )
 CASES = [f"{case} parallel={engine}" for engine in ("single", "zero") for case in MODELS]
 LENGTHS = [
-    f"experiment=ref_1b7 train.micro_batch=1 train.seq_len={length} parallel=single"
+    f"experiment=ref_1b7 train.compile=false train.micro_batch=1 train.seq_len={length} parallel=single"
     for length in (4096, 16384)
 ]
 
@@ -67,7 +69,9 @@ def random_batch(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def stages(config: RunConfig, ranks: Ranks) -> Iterator[tuple[str, Callable[[], object]]]:
+def stages(
+    config: RunConfig, ranks: Ranks, micros: int, steps: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is measured, in order: name and work."""
     engines = []
     mesh = make_mesh(config, ranks)
@@ -78,9 +82,9 @@ def stages(config: RunConfig, ranks: Ranks) -> Iterator[tuple[str, Callable[[], 
         output = engine(random_batch(config, ranks.device), mode=config.attention_mode)
         engine.backward(torch.stack([loss for loss, _ in output.losses.values()]).sum(), last)
 
-    for step in (1, 2, 3):
-        yield f"micro_1_of_step_{step}", lambda: micro_batch(last=False)
-        yield f"micro_2_of_step_{step}", lambda: micro_batch(last=True)
+    for step in range(1, steps + 1):
+        for micro in range(1, micros + 1):
+            yield f"micro_{micro}_of_step_{step}", partial(micro_batch, micro == micros)
         yield f"step_{step}", lambda: engine.step(1e-4, measure=True)
 
 
@@ -106,31 +110,42 @@ def on_cpu(work: Callable[[], object], tracker: Tracker) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "allocated": tracker.peak, "left": tracker.live}
 
 
-def measure(overrides: list[str]) -> dict[str, Any]:
+def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     """One case on this rank; bytes, seconds, and the prediction over the measured peak."""
     config = compose(overrides)
-    tokens = config.train.seq_len * config.train.micro_batch
     ranks = join(config.train.device)
     cuda = ranks.device.type == "cuda"
-    config = replace(config, train=replace(config.train, batch_tokens=2 * tokens * ranks.world))
-    memory = predict(config, ranks.world, bucket_bytes(config, ranks))
-    found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world}
+    tokens = config.train.seq_len * config.train.micro_batch * micros * ranks.world
+    config = replace(config, train=replace(config.train, batch_tokens=tokens))
+    memory = predict(config, make_mesh(config, ranks), bucket_bytes(config, ranks))
+    found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world, "batch_tokens": tokens}
     found |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__}
     found |= {"predicted": asdict(memory), "predicted_total": memory.total, "error": None}
     measured: dict[str, dict[str, float]] = {}
     try:
         with nullcontext() if cuda else Tracker("cpu") as tracker:
-            for name, work in stages(config, ranks):
+            for name, work in stages(config, ranks, micros, steps):
                 measured[name] = on_gpu(work) if tracker is None else on_cpu(work, tracker)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        found["error"] = str(error).splitlines()[0]
+        found["error"] = "out of memory"
     found["measured"] = measured
     found["measured_total"] = max((stage["allocated"] for stage in measured.values()), default=0)
     if not found["error"]:
         found["predicted_over_measured"] = round(memory.total / found["measured_total"], 4)
+        found["seconds"] = step_seconds(measured, steps)
+        found["tokens_per_s"] = round(tokens / found["seconds"], 1)
     return found if ranks.first else {}
+
+
+def step_seconds(measured: dict[str, dict[str, float]], steps: int) -> float:
+    """Median seconds of a whole step, of all steps but the first."""
+    times = [
+        sum(stage["seconds"] for name, stage in measured.items() if name.endswith(f"step_{step}"))
+        for step in range(2, steps + 1)
+    ]
+    return round(statistics.median(times), 4)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -152,14 +167,17 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--recompute", action="store_true", help="compare the values of train.recompute")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of a step")
+    parser.add_argument("--steps", type=int, default=3, help="2 or more; the first warms up")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
     if args.recompute or not args.overrides:
-        out = ["--out", str(args.out)] if args.out else []
+        options = ["--micro-batches", "1", "--steps", "4"] if args.recompute else []
+        options += ["--out", str(args.out)] if args.out else []
         for case in cases(args.overrides, args.recompute):
-            subprocess.run([sys.executable, "-m", "tests.bench.memory", *out, *case], check=False)
+            subprocess.run([sys.executable, "-m", "tests.bench.memory", *options, *case], check=False)
         return
-    found = measure(args.overrides)
+    found = measure(args.overrides, args.micro_batches, args.steps)
     if not found:
         return
     line = json.dumps(found)

@@ -18,15 +18,7 @@ SPEED = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak 
 ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "optimizer", "peak memory")
 DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
-RECOMPUTE = (
-    "configuration",
-    "train.recompute",
-    "seconds a micro-batch",
-    "seconds a step of two",
-    *MEMORY[1:],
-)
-
-STEP = ("micro_2_of_step", "micro_1_of_step", "step")
+RECOMPUTE = ("configuration", "train.recompute", *MEMORY[1:], "seconds a step", "tokens/s")
 
 
 def speed_row(result: Result) -> Row:
@@ -68,11 +60,10 @@ def memory_row(result: Result) -> Row:
 def recompute_row(result: Result) -> Row:
     """Of `tests.bench.memory --recompute`."""
     case, how = result["case"].rsplit(" train.recompute=", 1)
-    times = ("", "")
+    speed = ("", "")
     if not result["error"]:
-        micro, *rest = (result["measured"][f"{name}_3"]["seconds"] for name in STEP)
-        times = (f"{micro:.3f}", f"{micro + sum(rest):.3f}")
-    return (case, how, *times, *memory_row(result)[1:])
+        speed = (f"{result['seconds']:.3f}", f"{result['tokens_per_s']:,.0f}")
+    return (case, how, *memory_row(result)[1:], *speed)
 
 
 def data_rows(result: Result) -> list[Row]:

@@ -67,10 +67,10 @@ class Arrived(Dispatched):
 
 
 class AllToAllDispatcher:
-    """Experts shared out evenly over the ranks of `group`, in its order; see `LocalDispatcher`."""
+    """Experts shared out evenly over the `ranks` of `group`, in its order; see `LocalDispatcher`."""
 
-    def __init__(self, experts: int, group: Any):
-        self.group, self.ranks = group, dist.get_world_size(group)
+    def __init__(self, experts: int, group: Any, ranks: int):
+        self.group, self.ranks = group, ranks
         self.local = LocalDispatcher(experts)
         self.stream: torch.cuda.Stream | None = None  # on which rows travel beside the shared expert
 
@@ -148,7 +148,7 @@ def share_experts(model: ForCausalLM, mesh: Mesh) -> None:
         return
     for moe in model.moes():
         _keep_share(moe.experts, mesh)
-        moe.dispatcher = AllToAllDispatcher(model.config.n_routed_experts, mesh.ep)
+        moe.dispatcher = AllToAllDispatcher(model.config.n_routed_experts, mesh.ep, mesh.ep_size)
 
 
 def _keep_share(experts: Experts, mesh: Mesh) -> None:

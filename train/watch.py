@@ -200,7 +200,7 @@ class Watch:
         self._leave(job, silent, 2 * TICK if said else LINGER)  # the others see it while there is a store
 
     def _leave(self, job: Job, silent: Collection[int], seconds: float = LINGER) -> None:
-        """End neighbours that do not answer, for which torchrun would wait, and in some seconds this process."""
+        """End neighbours that do not answer, for which torchrun would wait, and soon this process."""
         first = job.rank - int(os.environ.get("LOCAL_RANK", 0))
         here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         states = job.states() if silent else {}

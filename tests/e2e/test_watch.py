@@ -33,7 +33,9 @@ FAILURES = {
 }
 
 
-def agent(launcher: list[str], module: list[str], corpus: Path, runs: Path, *extra: str) -> subprocess.Popen[str]:
+def agent(
+    launcher: list[str], module: list[str], corpus: Path, runs: Path, *extra: str
+) -> subprocess.Popen[str]:
     """One torchrun."""
     program = ["-m", "torch.distributed.run", *launcher, "-m", *module]
     return subprocess.Popen(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model.flops import count_parameters
+from model.model import ForCausalLM
 from optim.groups import build_groups, group_rows
 from train.config import RunConfig, TrainConfig
 from train.engine import Engine
@@ -56,7 +58,9 @@ class Report:
         table = Table(
             "group", "tensors", "matrices", "parameters", "such as", title="optimizer", title_justify="left"
         )
-        for row in group_rows(build_groups(engine.model.named_parameters(), config.model, config.optim)):
+        with torch.device("meta"):
+            whole = ForCausalLM(config.model)  # a rank may hold less
+        for row in group_rows(build_groups(whole.named_parameters(), config.model, config.optim)):
             table.add_row(row.group, str(row.tensors), str(row.matrices), f"{row.parameters:,}", row.examples)
         self.console.print(table)
         self.console.print(memory_table(memory, available))

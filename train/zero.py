@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from train.engine import Batch, Engine, compile_hot_parts
 from train.parallel.dense import DenseShards, sharded_names
 from train.parallel.expert import reduce_rounded, share_experts
 from train.parallel.mesh import Mesh, Sharing, build_mesh
+
+warnings.filterwarnings("ignore", ".torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
 
 BUCKET = 2**27  # most numbers that are reduced at once
 MOST_FILLER, ONE_HOST = 0.05, 8  # ZeRO goes over so many ranks as leave less filler, or over one host's

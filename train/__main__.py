@@ -1,12 +1,13 @@
 """`python -m train`: compose the configuration, train, say where everything is.
 
-Under `torchrun` every process is one rank; the one that failed, or else rank 0, says why.
+Under `torchrun` every process is one rank; of those that fail, one says why (train/watch.py).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from safetensors import SafetensorError
 
@@ -15,7 +16,9 @@ from configs.errors import ConfigError
 from model.config import ModelConfig
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost to fragments
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+if WORLD > 1:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages of warnings where another rank has gone
 
 
 def main(argv: list[str]) -> int:
@@ -35,19 +38,19 @@ def main(argv: list[str]) -> int:
             from train.loop import train  # torch is imported only for a configuration that is right
 
             train(config)
-    except ConfigError as error:  # raised by every rank, but for those named FailedHere and FailedElsewhere
-        says = {"FailedHere": True, "FailedElsewhere": False}.get(type(error).__name__, RANK == 0)
-        return failed(str(error)) if says else 2
+    except ConfigError as error:
+        return failed(error, str(error))
     except (OSError, SafetensorError) as error:  # a full disk, a folder without permission
-        return failed(f"{first_line(error)}; mend it, then go on with resume=auto")
-    except RuntimeError as error:
-        if "memory" not in str(error):
+        return failed(error, f"{first_line(error)}; mend it, then go on with resume=auto")
+    except KeyboardInterrupt as stop:
+        return failed(stop, "", 130)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            remedy = "use a smaller train.micro_batch, a shorter train.seq_len or more ranks"
+            return failed(error, f"{first_line(error)}; {remedy}")
+        if WORLD == 1:
             raise
-        return failed(
-            f"{first_line(error)}; use a smaller train.micro_batch, a shorter train.seq_len or more ranks"
-        )
-    except KeyboardInterrupt:
-        return 130
+        return failed(error, f"{type(error).__name__}: {first_line(error)}", 1, traceback.format_exc())
     return 0
 
 
@@ -59,13 +62,19 @@ def resumed_model(argv: list[str]) -> ModelConfig | None:
     return model_of_resumed(argv)
 
 
-def failed(line: str) -> int:
-    print(f"error: {f'rank {RANK}: ' if RANK else ''}{line}", file=sys.stderr, flush=True)
-    return 2
+def failed(error: BaseException, line: str, code: int = 2, trace: str = "") -> int:
+    """Say why the run ends, on one rank of all; returns the exit code."""
+    if WORLD > 1:
+        from train.watch import speak  # imports torch
+
+        speak(error, line, trace)
+    elif line:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

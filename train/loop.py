@@ -40,7 +40,7 @@ def train_step(
     )  # [MoE, E]
     sums = torch.zeros(len(counts), dtype=torch.float64, device=ranks.device)
     micros = list(micro_batches(batch, config.train.micro_batch))
-    for number, micro in enumerate(micros, start=1):
+    for number, micro in enumerate(ranks.watch.each(micros), start=1):
         micro = {name: x.to(ranks.device, non_blocking=True) for name, x in micro.items()}
         with timer("forward"):
             output = engine(micro, mode=config.attention_mode)
@@ -104,6 +104,7 @@ def train(config: RunConfig) -> float:
                     if run.step % config.train.save_every:
                         run.save()
                     run.report.stopped(run.saved(), run.step)
+                    exit_code = 130
                     raise KeyboardInterrupt
         loss = run.finish()
         exit_code = 0
@@ -117,7 +118,7 @@ def advance(run: Run) -> None:
     train, timeline = run.config.train, run.config.timeline
     config = run.config.during(timeline.at(run.step))
     timer = Timer(run.ranks.device)
-    with timer("data"):
+    with timer("data"), run.ranks.watch.patient():
         try:
             batch = run.data.train.batch()
         except Damaged as error:  # found by whoever reads it, and not by the other ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -14,26 +14,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import ConfigError
+from train.watch import FailedElsewhere, FailedHere, Job, Watch
 
+__all__ = ["FailedElsewhere", "FailedHere", "Ranks", "join"]
+
+LONG = timedelta(days=7)  # while one rank writes or exports; the watch sees if it dies
 Result = TypeVar("Result")
-
-
-class FailedHere(ConfigError):
-    """Of all ranks, this one says why they fail."""
-
-
-class FailedElsewhere(ConfigError):
-    """Another rank says why."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of `world`. `files`: a gloo group of its own for a background thread's collectives."""
+    """One process of `world`, and the watch over all of them.
+
+    `files`, `words`: gloo groups for a background thread's collectives, and for waiting as long as it takes
+    """
 
     rank: int
     world: int
     device: torch.device
     files: Any = None
+    words: Any = None
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def first(self) -> bool:
@@ -43,6 +44,7 @@ class Ranks:
         """The sum of `x` over ranks, in place; every rank has the same."""
         if self.world > 1:
             dist.all_reduce(x)
+        self.watch.progress()
         return x
 
     def any(self, flag: bool) -> bool:
@@ -54,7 +56,8 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=self.words, device=torch.device("cpu"))
+        self.watch.progress()
         return box[0]
 
     def together(self, work: Callable[[], Result], only_first: bool = False) -> Result:
@@ -72,7 +75,8 @@ class Ranks:
         failed = [error is not None]
         if self.world > 1:
             failed = [False] * self.world
-            dist.all_gather_object(failed, error is not None)
+            dist.all_gather_object(failed, error is not None, group=self.words)
+            self.watch.progress()
         if True in failed:
             if error is None or failed.index(True) != self.rank:
                 raise FailedElsewhere("another rank has failed")
@@ -80,10 +84,11 @@ class Ranks:
         return result
 
 
-def join(wanted: str) -> Ranks:
-    """Join the process group that torchrun describes, or make one of this process alone.
+def join(wanted: str, timeout_seconds: float = 600) -> Ranks:
+    """Join the process group that torchrun describes, or make one of this process alone, and watch it.
 
-    `wanted`: "auto", "cpu" or "cuda" (`train.device`). Raises ConfigError where CUDA is wanted and missing.
+    `wanted`: "auto", "cpu" or "cuda" (`train.device`). `timeout_seconds`: see `Watch`; collectives give up
+    somewhat later. Raises ConfigError where CUDA is wanted and missing.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -100,11 +105,14 @@ def join(wanted: str) -> Ranks:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    watch = Watch()
     if not dist.is_initialized():
         atexit.register(dist.destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world == 1 else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=10)
-        )
-    return Ranks(rank, world, device, dist.new_group(backend="gloo"))
+        timeout = timedelta(seconds=1.5 * timeout_seconds + 60)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        watch = Watch(Job.find(), timeout_seconds)
+        watch.start()
+    files, words = (dist.new_group(backend="gloo", timeout=LONG) for _ in range(2))
+    return Ranks(rank, world, device, files, words, watch)

@@ -73,7 +73,7 @@ class Run:
         batches = self.data.valid.one_pass(phase.micro_batch * self.mesh.data_world, phase.seq_len, sequences)
         found = evaluate(
             self.engine,
-            batches,
+            self.ranks.watch.each(batches),
             self.ranks.device,
             self.config.attention_mode,
             self.ranks.sum,
@@ -115,7 +115,8 @@ class Run:
     def _disk(self) -> Iterator[None]:
         """A rank that cannot write fails on all ranks: one line is enough."""
         try:
-            yield
+            with self.ranks.watch.patient():
+                yield
         except OSError as error:
             raise ConfigError(
                 f"{error}; the checkpoint is lost, mend it, then go on with resume=auto"
@@ -124,7 +125,8 @@ class Run:
     def finish(self) -> float:
         """Export the model and close the books; returns the last validation loss."""
         saved, text = self.saved(), self._sample()
-        self.ranks.together(lambda: self._conclude(saved, text), only_first=True)
+        with self.ranks.watch.patient():
+            self.ranks.together(lambda: self._conclude(saved, text), only_first=True)
         return self.ranks.share(
             validation_losses(self.folder / "metrics.jsonl")[-1] if self.ranks.first else 0.0
         )
@@ -174,13 +176,21 @@ class Run:
 
     def close(self, exit_code: int) -> None:
         """End what runs beside the training."""
-        self.data.close()
-        self.tracker.close(exit_code)
+        with self.ranks.watch.patient():
+            self.data.close()
+            self.tracker.close(exit_code)
+        if exit_code != 1:  # all ranks have come to an end, as far as the run goes or as asked
+            self.ranks.watch.stop()
 
 
 def open_run(config: RunConfig) -> Run:
     """Everything a run needs, checked and read in the order in which mistakes are cheap."""
-    ranks = join(config.train.device)
+    ranks = join(config.train.device, config.parallel.timeout_seconds)
+    with ranks.watch.patient():
+        return _open(config, ranks)
+
+
+def _open(config: RunConfig, ranks: Ranks) -> Run:
     config.check_ranks(ranks.world)
     report = Report(config.train, quiet=not ranks.first)
     found = ranks.together(lambda: _place(config, report), only_first=True)

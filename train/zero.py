@@ -77,11 +77,13 @@ class ZeroEngine(Engine):
         wrapped = _LossesOnly(model)
         own = [group for group in groups if group["name"] == SHARDED]
         groups = groups[: len(groups) - len(own)]
+        rounded = rounded and self.mesh.experts.size > 1
+        apart = _apart(self.mesh, rounded)
         for group, layout in zip(groups, layouts):
-            _place(group, layout, wrapped)
+            _place(group, layout, wrapped, apart)
         exact = [group.pop("masters") for group in groups]
         self.optimizer = HybridOptimizer(groups)
-        self.deepspeed, self.zero = _initialize(wrapped, self.optimizer, stage, self.mesh)
+        self.deepspeed, self.zero = _initialize(wrapped, self.optimizer, stage, apart)
         self._take(exact, [layout.size for layout in layouts[: len(groups)]])
         self.optimizer.param_groups += own
         self.deepspeeds = len(groups)  # the first groups are DeepSpeed's
@@ -266,11 +268,17 @@ def _narrowed(model: nn.Module, name: str, parameter: nn.Parameter, values: Tens
     return made
 
 
-def _place(group: dict[str, Any], layout: Layout, wrapped: _LossesOnly) -> None:
+def _apart(mesh: Mesh, rounded: bool) -> list[Sharing]:
+    """What DeepSpeed has to know as shared among ranks of its own: not all ranks, or in another way."""
+    experts_differ = rounded or mesh.experts.size < mesh.world
+    return [mesh.dense] * (mesh.dense.size < mesh.world) + [mesh.experts] * experts_differ
+
+
+def _place(group: dict[str, Any], layout: Layout, wrapped: _LossesOnly, apart: Sequence[Sharing]) -> None:
     """Parameters and filler in the order of the layout; DeepSpeed is told whom they are shared with."""
     params, sharing = group["params"], group["sharing"]
     group["params"] = [wrapped.fill(-i, params[0]) if i < 0 else params[i] for i in layout.order]
-    if sharing.size < dist.get_world_size():
+    if sharing in apart:
         group["moe"] = True
         for parameter in group["params"]:
             parameter.allreduce, parameter.group_name = False, sharing.name
@@ -326,18 +334,15 @@ class _Marker(nn.Module):
         """The mesh has made the groups already."""
 
 
-def _share(wrapped: nn.Module, mesh: Mesh) -> None:
-    """Hand the mesh's groups of ranks to DeepSpeed where they are not all ranks."""
+def _share(wrapped: nn.Module, apart: Sequence[Sharing]) -> None:
+    """Hand groups of ranks to DeepSpeed."""
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
 
-    shared = [sharing for sharing in (mesh.dense, mesh.experts) if sharing.size < mesh.world]
-    for sharing in shared:
-        group = sharing.group
-        if group is None:
-            group = dist.new_group([mesh.rank], use_local_synchronization=True)
-        groups._EXPERT_PARALLEL_GROUP[sharing.name] = groups._EXPERT_DATA_PARALLEL_GROUP[sharing.name] = group
-    if shared:
+    for sharing in apart:
+        for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+            known[sharing.name] = sharing.group
+    if apart:
         marker = type("Marker", (_Marker, MoE), {"__init__": nn.Module.__init__})
         wrapped.add_module("shares", marker())
 
@@ -354,7 +359,9 @@ def _round_experts(zero: Any, sharing: Sharing) -> None:
     zero.allreduce_bucket = reduce
 
 
-def _initialize(wrapped: nn.Module, optimizer: HybridOptimizer, stage: int, mesh: Mesh) -> tuple[Any, Any]:
+def _initialize(
+    wrapped: nn.Module, optimizer: HybridOptimizer, stage: int, apart: Sequence[Sharing]
+) -> tuple[Any, Any]:
     """DeepSpeed's engine and its ZeRO optimizer around ours."""
     cuda = next(wrapped.parameters()).is_cuda
     os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
@@ -365,7 +372,7 @@ def _initialize(wrapped: nn.Module, optimizer: HybridOptimizer, stage: int, mesh
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for most of a minute
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    _share(wrapped, mesh)
+    _share(wrapped, apart)
     options = {
         "stage": stage,
         "overlap_comm": cuda and dist.get_world_size() > 1,

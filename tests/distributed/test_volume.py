@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.ranks import spawn
@@ -88,14 +88,14 @@ class Traffic(TorchDispatchMode):
 
 
 def _group_size(args: tuple[Any, ...]) -> int:
-    (group,) = (arg for arg in args if isinstance(arg, (str, torch.ScriptObject)) and _is_group(arg))
-    return (
-        _resolve_process_group(group) if isinstance(group, str) else dist.ProcessGroup.unbox(group)
-    ).size()
+    (group,) = (arg for arg in args if _is_group(arg))
+    named = isinstance(group, str)
+    return (_resolve_process_group(GroupName(group)) if named else dist.ProcessGroup.unbox(group)).size()
 
 
 def _is_group(arg: Any) -> bool:
-    return isinstance(arg, str) or "ProcessGroup" in str(arg._type())
+    script = isinstance(arg, torch.ScriptObject)
+    return isinstance(arg, str) or (script and "ProcessGroup" in str(arg._type()))
 
 
 def _purpose(put: Tensor) -> str:
@@ -147,7 +147,7 @@ def compare(ranks: Ranks) -> None:
         expected: Counter[str] = Counter()
         for purpose, count in volume(config, sizes).items():
             expected[purpose.partition(",")[0]] += count
-        found = sum(every, Counter())
+        found: Counter[str] = sum(every, Counter())
         wrong += [
             (case, key, found[key], expected[key]) for key in found | expected if found[key] != expected[key]
         ]

@@ -35,7 +35,8 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. Groups of one rank are None, those of all ranks are the default group.
+    """This rank's place. Groups of all ranks are the default one; of one rank they are None, but for
+    `replicas` and `zero`.
 
     ep        ranks that hold one set of experts together
     replicas  ranks that hold the same experts
@@ -95,6 +96,9 @@ def build_mesh(rank: int, world: int, ep: int = 1, cp: int = 1, zero: int | None
     `ep`, `cp` and `zero` (None: all ranks) divide `world`, see `RunConfig.check_ranks`.
     """
     zero_size = zero or world
+    alone = None  # DeepSpeed and dense shards want a group of one, too
+    if world > 1 and (zero_size == 1 or ep == world):
+        alone = dist.new_group([rank], use_local_synchronization=True)
     return Mesh(
         rank,
         world,
@@ -102,9 +106,9 @@ def build_mesh(rank: int, world: int, ep: int = 1, cp: int = 1, zero: int | None
         cp,
         zero_size,
         ep=_group(rank, _blocks(world, ep), world),
-        replicas=_group(rank, _strides(world, ep), world),
+        replicas=_group(rank, _strides(world, ep), world) or alone,
         cp=_group(rank, _blocks(world, cp), world),
-        zero=_group(rank, _blocks(world, zero_size), world),
+        zero=_group(rank, _blocks(world, zero_size), world) or alone,
         repeats=_group(rank, _strides(world, zero_size), world),
     )
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.compose import compose
+from configs.errors import ConfigError
 from model.attention import Attention
 from model.compressor import Compressor
 from model.layout import build_layout
@@ -36,7 +37,8 @@ What the ranks send in one step: python -m train.parallel.volume ranks=N [KEY=VA
   ranks=N           how many ranks; the other arguments are those of python -m train
 
 Example:
-  python -m train.parallel.volume ranks=64 model=v4_flash parallel=ep8 precision=bf16
+  python -m train.parallel.volume ranks=64 model=v4_flash data=python_v4 precision=bf16 parallel=ep8 \\
+      train.seq_len=4096 train.batch_tokens=4194304 train.micro_batch=1 train.recompute=selective
 """
 
 
@@ -45,6 +47,10 @@ class Options:
     """The command's own argument; see HELP."""
 
     ranks: int
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ConfigError(f"ranks is {self.ranks}; it must be 1 or more")
 
 
 class Step:

@@ -17,6 +17,7 @@ from optim.config import OptimConfig
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_model
 from tests.unit.train.test_engine import run_config
+from train import recompute
 from train.config import RunConfig
 from train.engine import Batch, Engine, TorchEngine
 from train.loop import train_step
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     stage: int = 2
     dtype: str = "float32"
     dense: bool = False
+    recompute: str = "none"
 
 
 def skewed_model(config: ModelConfig) -> ForCausalLM:
@@ -129,6 +131,7 @@ def compare(ranks: Ranks, text: str) -> None:
         mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
         model = skewed_model(config.model).to(ranks.device)
         model.context = context_of(mesh)
+        recompute.apply(model, case.recompute)
         zero = ZeroEngine(model, config.optim, compute, stage=case.stage, mesh=mesh, shard_dense=case.dense)
         ours, theirs = three_steps(zero, mine, config, ranks, case), known[case.algorithm, case.dtype]
         for step, (found, wanted) in enumerate(zip(ours.logged, theirs.logged, strict=True)):
@@ -201,6 +204,12 @@ def test_repeated_updates_and_sharded_dense_weights(tmp_path: Path) -> None:
     cases += [Case("adamw", mesh, stage=1) for mesh in meshes[:2]]
     cases += [Case("muon", mesh, dense=True) for mesh in ({}, {"zero": 2, "ep": 2, "cp": 2}, {"zero": 1})]
     run([*cases, Case("adamw", {"ep": 4}, dense=True, stage=1)], 4, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_on_a_mesh(how: str, tmp_path: Path) -> None:
+    """Experts' rows and parts of sequences travel again, in the same order on every rank."""
+    run([Case("adamw", mesh, recompute=how) for mesh in ({"ep": 2}, {"ep": 2, "cp": 2})], 2, tmp_path)
 
 
 def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:

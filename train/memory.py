@@ -2,15 +2,13 @@
 
 Weights, masters, gradients and moments are sums over the model's shapes. What a micro-batch and a step of the
 optimizer add is measured: model and optimizer run on the meta device, where tensors have shapes and no
-numbers, while a `Tracker` adds up what lives. CUDA is not touched.
-
-    python -m train.memory [KEY=VALUE ...] ranks=N    the table of such a run over N ranks, on GPUs of 80 GB
+numbers, while a `Tracker` adds up what lives. CUDA is not touched. `python -m train.plan`
+prints the table for any number of ranks.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,13 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configs.compose import compose
 from configs.errors import ConfigError
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
@@ -37,7 +33,7 @@ from train.parallel import standins
 from train.parallel.dense import sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh
-from train.zero import SHARDED, partition, zero_ranks
+from train.zero import SHARDED, partition
 
 GIB = 2**30
 ALONE = Mesh()
@@ -348,24 +344,3 @@ def _less(config: RunConfig, key: str) -> Sequence[Any]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def main(overrides: list[str]) -> None:
-    """Print what a run over so many ranks needs, without starting anything."""
-    from train.ranks import Ranks
-    from train.run import bucket_bytes
-
-    given = dict(override.partition("=")[::2] for override in overrides)
-    world = int(given.pop("ranks", 1))
-    config = compose([f"{key}={value}" for key, value in given.items()])
-    config.check_ranks(world)
-    parallel = config.parallel
-    with torch.device("meta"):
-        zero = parallel.zero_ranks or zero_ranks(ForCausalLM(config.model), config.optim, world)
-    mesh = Mesh(0, world, parallel.ep, parallel.cp, zero)
-    memory = predict(config, mesh, bucket_bytes(config, Ranks(0, world, torch.device("cuda"))))
-    Console().print(table(memory, 80 * 10**9))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

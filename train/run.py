@@ -225,13 +225,19 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
     return run
 
 
-def make_mesh(config: RunConfig, ranks: Ranks) -> Mesh:
-    """Who shares what; the sizes have been checked."""
+def mesh_of(config: RunConfig, world: int) -> Mesh:
+    """The first rank's place in the mesh of so many, without process groups; sizes have been checked."""
     parallel, zero = config.parallel, config.parallel.zero_ranks
     if zero is None:
         with torch.device("meta"):
-            zero = zero_ranks(ForCausalLM(config.model), config.optim, ranks.world)
-    return build_mesh(ranks.rank, ranks.world, parallel.ep, parallel.cp, zero)
+            zero = zero_ranks(ForCausalLM(config.model), config.optim, world)
+    return Mesh(0, world, parallel.ep, parallel.cp, zero)
+
+
+def make_mesh(config: RunConfig, ranks: Ranks) -> Mesh:
+    """Who shares what."""
+    sizes = mesh_of(config, ranks.world)
+    return build_mesh(ranks.rank, ranks.world, sizes.ep_size, sizes.cp_size, sizes.zero_size)
 
 
 def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:

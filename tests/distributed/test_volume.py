@@ -23,9 +23,9 @@ from tests.unit.train.test_engine import run_config
 from train.config import ParallelConfig, RunConfig
 from train.loop import train_step
 from train.parallel.mesh import build_mesh
-from train.parallel.volume import mesh_of, volume
+from train.parallel.volume import volume
 from train.ranks import Ranks
-from train.run import build_engine
+from train.run import build_engine, mesh_of
 
 MODULE = "tests.distributed.test_volume"
 LENGTH = 64

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.block import DecoderLayer
 from model.model import ForCausalLM, stays_fp32
 from optim.partition import Layout, is_expert
 from train.parallel.mesh import Sharing
@@ -60,7 +59,7 @@ class Place(NamedTuple):
 class Unit:
     """One layer's sharded weights: this rank's slice of them and of their gradients' sum, each [U / n]."""
 
-    def __init__(self, prefix: str, layer: DecoderLayer, ranks: int):
+    def __init__(self, prefix: str, layer: nn.Module, ranks: int):
         self.places: list[Place] = []
         end = 0
         for name in _own_names(prefix, layer):
@@ -158,7 +157,7 @@ class DenseShards:
         flat = own.new_empty(len(own) * self.sharing.size)
         return dist.all_gather_into_tensor(flat, own, group=self.sharing.group, async_op=True), flat
 
-    def _around(self, layer: DecoderLayer, number: int) -> Any:
+    def _around(self, layer: nn.Module, number: int) -> Any:
         compute, unit = layer.forward, self.units[number]
 
         def forward(*args: Any, **options: Any) -> Any:
@@ -228,12 +227,13 @@ class DenseShards:
         yield from zip(segments, arrived.split([segment.length for segment in segments]), strict=True)
 
 
-def _layers(model: ForCausalLM) -> Iterator[tuple[str, DecoderLayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, DecoderLayer):
-            yield f"{name}.", module
+def _layers(model: ForCausalLM) -> Iterator[tuple[str, nn.Module]]:
+    """Layers and MTP blocks with the prefixes of their names, in the order of forward: what is recomputed."""
+    for kind in ("layers", "mtp"):
+        for number, module in enumerate(model.get_submodule(kind).children()):
+            yield f"{kind}.{number}.", module
 
 
-def _own_names(prefix: str, layer: DecoderLayer) -> list[str]:
+def _own_names(prefix: str, layer: nn.Module) -> list[str]:
     names = [f"{prefix}{name}" for name, _ in layer.named_parameters()]
     return [name for name in names if not is_expert(name) and not stays_fp32(name)]

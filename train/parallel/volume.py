@@ -10,47 +10,21 @@ Legend: W ranks, M micro-batches of a step, N tokens, b bytes of a number in the
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from configs.compose import compose
-from configs.errors import ConfigError
 from model.attention import Attention
 from model.compressor import Compressor
 from model.layout import build_layout
 from model.model import ForCausalLM
-from train import cli
 from train.config import RunConfig
 from train.parallel.context import context_of
 from train.parallel.dense import DenseShards, sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh
-from train.zero import SHARDED, partition, zero_ranks
-
-HELP = """\
-What the ranks send in one step: python -m train.parallel.volume ranks=N [KEY=VALUE ...]
-
-  ranks=N           how many ranks; the other arguments are those of python -m train
-
-Example:
-  python -m train.parallel.volume ranks=64 model=v4_flash data=python_v4 precision=bf16 parallel=ep8 \\
-      train.seq_len=4096 train.batch_tokens=4194304 train.micro_batch=1 train.recompute=selective
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's own argument; see HELP."""
-
-    ranks: int
-
-    def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise ConfigError(f"ranks is {self.ranks}; it must be 1 or more")
+from train.zero import SHARDED, partition
 
 
 class Step:
@@ -159,29 +133,3 @@ def volume(config: RunConfig, mesh: Mesh) -> dict[str, int]:
     for purpose, count in (item for part in parts if mesh.world > 1 for item in part()):
         found[purpose] += count
     return {purpose: count for purpose, count in found.items() if count}
-
-
-def mesh_of(config: RunConfig, ranks: int) -> Mesh:
-    """The mesh of so many ranks without its process groups."""
-    parallel, zero = config.parallel, config.parallel.zero_ranks
-    if zero is None:
-        with torch.device("meta"):
-            zero = zero_ranks(ForCausalLM(config.model), config.optim, ranks)
-    return Mesh(0, ranks, parallel.ep, parallel.cp, zero)
-
-
-def main(argv: list[str]) -> None:
-    others: list[str] = []
-    ranks = cli.read(Options, argv, others).ranks
-    config = compose(others)
-    config = config.during(config.timeline.phases[-1])
-    config.check_ranks(ranks)
-    tokens = config.train.batch_tokens
-    found = volume(config, mesh_of(config, ranks))
-    print(f"{'sent in a step':18}{'GB':>14}{'MB a rank':>16}{'kB a token':>13}")
-    for purpose, count in (*found.items(), ("all", sum(found.values()))):
-        print(f"{purpose:18}{count / 1e9:14,.3f}{count / ranks / 1e6:16,.3f}{count / tokens / 1e3:13,.3f}")
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(sys.argv[1:], HELP, main))

@@ -1,0 +1,68 @@
+"""`python -m train.plan`: memory and traffic of a run over any number of ranks; nothing is started."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from configs.compose import compose
+from configs.errors import ConfigError
+from train import cli
+from train.memory import GIB, predict
+from train.memory import table as memory_table
+from train.parallel.volume import volume
+from train.ranks import Ranks
+from train.run import bucket_bytes, mesh_of
+
+HELP = """\
+What a run will need and send, from shapes alone: python -m train.plan ranks=N [KEY=VALUE ...]
+
+  ranks=N        how many ranks; the other arguments are those of python -m train
+  gpu_gib=79     memory of one GPU, in GiB: 79 of an 80 GB H100 are free
+
+Memory is that of the rank with most; routing is taken to be balanced. Traffic is what all ranks together put
+into collectives in one step of the last phase (train/README.md, "What travels").
+
+Examples:
+  python -m train.plan ranks=8 experiment=ref_1b7 parallel=ep8
+  python -m train.plan ranks=64 model=v4_flash data=python_v4 precision=bf16 parallel=ep8 \\
+      train.seq_len=4096 train.batch_tokens=4194304 train.micro_batch=1 train.recompute=selective
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's own arguments; see HELP."""
+
+    ranks: int
+    gpu_gib: float = 79.0
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ConfigError(f"ranks is {self.ranks}; it must be 1 or more")
+
+
+def main(argv: list[str]) -> None:
+    others: list[str] = []
+    options = cli.read(Options, argv, others)
+    config = compose(others)
+    config = config.during(config.timeline.phases[-1])
+    config.check_ranks(options.ranks)
+    mesh = mesh_of(config, options.ranks)
+    buckets = bucket_bytes(config, Ranks(0, options.ranks, torch.device("cuda")))
+    console = Console(highlight=False)
+    console.print(memory_table(predict(config, mesh, buckets), round(options.gpu_gib * GIB)))
+    found, tokens = volume(config, mesh), config.train.batch_tokens
+    rows = Table("sent in a step", "GB", "MB a rank", "kB a token", title="traffic", title_justify="left")
+    for purpose, count in (*found.items(), ("all", sum(found.values()))):
+        per = (count / 1e9, count / options.ranks / 1e6, count / tokens / 1e3)
+        rows.add_row(purpose, *(f"{number:,.3f}" for number in per))
+    console.print(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(sys.argv[1:], HELP, main))

@@ -115,7 +115,9 @@ def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     config = compose(overrides)
     ranks = join(config.train.device)
     cuda = ranks.device.type == "cuda"
-    tokens = config.train.seq_len * config.train.micro_batch * micros * ranks.world
+    sharers = ranks.world // config.parallel.cp
+    torch.manual_seed(ranks.rank // config.parallel.cp)  # ranks that share rows out take the same
+    tokens = config.train.seq_len * config.train.micro_batch * micros * sharers
     config = replace(config, train=replace(config.train, batch_tokens=tokens))
     memory = predict(config, make_mesh(config, ranks), bucket_bytes(config, ranks))
     found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world, "batch_tokens": tokens}

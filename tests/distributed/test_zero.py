@@ -140,8 +140,10 @@ def compare(ranks: Ranks, text: str) -> None:
                 limit = 1e-6 if name in LOSSES else 1e-5
                 assert found[name] == pytest.approx(value, rel=limit), (case, step, name)
         tensors, reference = ours.gradients | ours.state, theirs.gradients | theirs.state  # no key of both
+        # Rows of two ranks meet in one product under expert parallelism: bf16 rounds once instead of twice.
+        limit = 1e-2 if case.dtype == "bfloat16" and mesh.ep_size > 1 else 1e-5
         for key, tensor in tensors.items():
-            assert key.startswith("rng") or relative(tensor, reference[key]) < 1e-5, (case, key)
+            assert key.startswith("rng") or relative(tensor, reference[key]) < limit, (case, key)
         owned = torch.tensor(sum(x.numel() for key, x in ours.state.items() if key.startswith("weight.")))
         model = ForCausalLM(config.model)
         assert ranks.sum(owned) == sum(p.numel() for p in model.parameters()), case  # each weight once

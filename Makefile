@@ -22,7 +22,7 @@ test: $(STAMP)  ## style, types and the tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" $(ARGS)
 
 clean:  ## remove .venv and every cache; runs/ stays
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -55,10 +55,7 @@ WRONG: dict[str, list[str]] = {
     "hydra.run.dir=here": ["hydra.run.dir", "-m"],
     "train.seed=${nope}": ["train.seed", "nope"],
     # parallelism that cannot be, whatever the number of ranks
-    "parallel=cp8": [
-        "train.seq_len is 512",
-        "parallel.cp · model.compress_rates.heavily_compressed_attention",
-    ],
+    "parallel.cp=64": ["train.seq_len is 512", "parallel.cp · model.sliding_window", "4096 or more"],
     "parallel.cp=3": ["train.seq_len is 512", "parallel.cp = 3"],
     "parallel.ep=0": ["parallel.ep", "1 or more"],
     "parallel.expert_gradients=float16": ["parallel.expert_gradients", "float32 or bfloat16"],

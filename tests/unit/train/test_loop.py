@@ -10,7 +10,7 @@ import torch
 from configs.compose import compose
 from data.shards import Damaged
 from train.loop import advance
-from train.ranks import FailedHere
+from train.ranks import FailedHere, Ranks
 
 
 def test_damage_is_said_by_the_rank_that_reads_it() -> None:
@@ -22,7 +22,7 @@ def test_damage_is_said_by_the_rank_that_reads_it() -> None:
     run = SimpleNamespace(
         config=compose([]),
         step=0,
-        ranks=SimpleNamespace(device=torch.device("cpu")),
+        ranks=Ranks(0, 1, torch.device("cpu")),
         data=SimpleNamespace(train=SimpleNamespace(batch=batch)),
     )
     with pytest.raises(FailedHere, match="document 3 is damaged"):

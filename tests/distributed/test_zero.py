@@ -216,7 +216,8 @@ def test_recomputation_on_a_mesh(how: str, tmp_path: Path) -> None:
 
 def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:
     cases = [Case("adamw", stage=stage, dtype="bfloat16") for stage in (1, 2)]
-    run([*cases, Case("adamw", dtype="bfloat16", dense=True)], 2, tmp_path)
+    cases += [Case("adamw", mesh, dtype="bfloat16", dense=True) for mesh in ({}, {"ep": 2})]
+    run(cases, 2, tmp_path)
 
 
 @pytest.mark.gpu

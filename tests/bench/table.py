@@ -18,6 +18,7 @@ SPEED = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak 
 ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "optimizer", "peak memory")
 DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
+MESHES = ("configuration", "GPUs", *MEMORY[1:], "seconds a step", "tokens/s", "hardware")
 RECOMPUTE = ("configuration", "train.recompute", *MEMORY[1:], "seconds a step", "tokens/s")
 
 
@@ -66,6 +67,12 @@ def recompute_row(result: Result) -> Row:
     return (case, how, *memory_row(result)[1:], *speed)
 
 
+def mesh_row(result: Result) -> Row:
+    """Of `tests.bench.memory` under torchrun, or beside it in one file."""
+    speed = (f"{result['seconds']:.3f}", f"{result['tokens_per_s']:,.0f}")
+    return (result["case"], str(result["world"]), *memory_row(result)[1:], *speed, result["device"])
+
+
 def data_rows(result: Result) -> list[Row]:
     """Of `tests.bench.data`."""
     hardware = f"one core of {result['machine']}"
@@ -98,7 +105,9 @@ def print_table(columns: Row, rows: Iterable[Row]) -> None:
 
 
 def main(paths: list[str]) -> None:
-    results = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+    files = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
+    meshes = [file for file in files if any(result.get("world", 1) > 1 for result in file)]
+    results = [result for file in files if file not in meshes for result in file]
     engines = [result for result in results if "engine" in result]
     bare = {(r["model"], r["batch"], r["compile"]): r for r in engines if r["engine"] == "torch"}
     print_table(SPEED, (speed_row(result) for result in results if "side" in result))
@@ -107,6 +116,7 @@ def main(paths: list[str]) -> None:
     memory = [result for result in results if "predicted_total" in result]
     compared = [result for result in memory if " train.recompute=" in result["case"]]
     print_table(MEMORY, (memory_row(result) for result in memory if result not in compared))
+    print_table(MESHES, (mesh_row(result) for file in meshes for result in file))
     print_table(RECOMPUTE, (recompute_row(result) for result in compared))
 
 

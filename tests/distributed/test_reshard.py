@@ -67,9 +67,8 @@ def load(ranks: Ranks, folder: str) -> None:
 
 
 def next_steps(ranks: Ranks, number: int, folder: str) -> list[Any]:
-    found = []
+    found, part = [], Part(ranks, number)
     for saved in range(len(MESHES)):
-        part = Part(ranks, number)
         path = Path(folder) / str(saved) / "step-00000002"
         with checkpoint.open_tensors(path) as stored:
             targets = part.engine.state_to_load({key: stored.shape(key) for key in stored})

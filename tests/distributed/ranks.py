@@ -49,12 +49,15 @@ def spawn(
 
 
 def joined(device: str):
-    """This process's Ranks; on GPUs one has each its own."""
+    """This process's Ranks, until it ends; on GPUs each has one of its own."""
+    import atexit
+
     import torch.distributed as dist
 
     from train.ranks import join
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    atexit.register(dist.destroy_process_group)  # gloo's threads, left running, abort the process now and then
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=f"file://{os.environ['RENDEZVOUS']}",

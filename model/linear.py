@@ -1,9 +1,8 @@
 """The one door through which every matrix product with a weight goes.
 
-`linear(x, w, kind)` and `grouped_linear(x, w, offsets, kind)` compute in the activations' dtype.
-`kind` names the role of the product; a precision policy decides by kind and replaces the two functions
-on the modules of a built model (`Linear.product`, `Experts.product`), so that `forward` never mentions
-a number format.
+`linear(x, w, kind)` and `grouped_linear(x, w, offsets)` compute in the activations' dtype. `kind` names the
+role of the product; `model.precision` decides by kind and replaces the products on the modules of a built
+model (`Linear.product`, `Experts.mlp`), so that `forward` never mentions a number format.
 
 Legend: R rows sorted by group, E groups (experts), I input features, O output features.
 """
@@ -22,7 +21,6 @@ Kind = Literal[
     "compressor",  # kv and gate projections of both compressors
     "indexer",  # the indexer's queries
     "indexer_weights",  # the indexer's head weights
-    "expert",
     "shared_expert",
     "mtp",
 ]
@@ -33,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, kind: Kind) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, kind: Kind) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of group e times weight[e] transposed: x [R, I], weight [E, O, I] -> [R, O].
 
     `offsets` [E] int32 holds the end row of each group; `offsets[-1]` must be R (rows beyond it would

@@ -14,14 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels.swiglu import clamped_swiglu
 from model.layout import Layout
 from model.linear import Linear, grouped_linear
 from model.norm import widen
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clip(up, -limit, limit), elementwise (V4 report, on SwiGLU clamping)."""
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 @dataclass(frozen=True)
@@ -156,13 +152,25 @@ class LocalDispatcher:
         return _Combine.apply(rows, sent.source, sent.inverse)
 
 
+def expert_mlp(
+    rows: Tensor, weights: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor, limit: float
+) -> Tensor:
+    """Rows [R, D] sorted by expert -> outputs [R, D], weighted by `weights` [R] before the down projection.
+
+    gate_up [E, 2F, D], gate rows before up rows, down [E, D, F]; `offsets` [E] int32: end row of each expert.
+    """
+    gate, up = grouped_linear(rows, gate_up, offsets).chunk(2, dim=-1)
+    hidden = clamped_swiglu(gate, up, limit) * weights.unsqueeze(-1)
+    return grouped_linear(hidden.to(gate.dtype), down, offsets)
+
+
 class Experts(nn.Module):
     """E routed SwiGLU experts as stacked matrices, gate rows before up rows.
 
     Under expert parallelism the stacks hold some of the model's experts only, numbered from `first` on.
     """
 
-    product = staticmethod(grouped_linear)
+    mlp = staticmethod(expert_mlp)  # a precision policy replaces it
     first = 0
 
     def __init__(self, config: ModelConfig):
@@ -173,10 +181,9 @@ class Experts(nn.Module):
         self.limit = config.swiglu_limit
 
     def forward(self, sent: Dispatched) -> Tensor:
-        """Rows [R, D] sorted by expert -> outputs [R, D], weighted before the down projection."""
-        gate, up = self.product(sent.rows, self.gate_up_proj, sent.offsets, "expert").chunk(2, dim=-1)
-        hidden = clamped_swiglu(gate, up, self.limit) * sent.weights.unsqueeze(-1)
-        return self.product(hidden.to(gate.dtype), self.down_proj, sent.offsets, "expert")
+        """Rows [R, D] sorted by expert -> outputs [R, D]."""
+        stacks = self.gate_up_proj, self.down_proj
+        return self.mlp(sent.rows, sent.weights, sent.offsets, *stacks, self.limit)
 
 
 class SharedExpert(nn.Module):

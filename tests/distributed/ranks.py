@@ -57,7 +57,9 @@ def joined(device: str):
     from train.ranks import join
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    atexit.register(dist.destroy_process_group)  # gloo's threads, left running, abort the process now and then
+    atexit.register(
+        dist.destroy_process_group
+    )  # gloo's threads, left running, abort the process now and then
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=f"file://{os.environ['RENDEZVOUS']}",

@@ -63,7 +63,7 @@ def test_no_rows_at_all(ranks: Ranks) -> None:
     weight = torch.randn(4, 64, 64, device=ranks.device, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.randn(0, 64, device=ranks.device, dtype=torch.bfloat16, requires_grad=True)
     ends = torch.zeros(4, dtype=torch.int32, device=ranks.device)
-    out = grouped_linear(rows, weight, ends, "expert")
+    out = grouped_linear(rows, weight, ends)
     out.sum().backward()
     assert out.shape == (0, 64) and weight.grad is not None and not weight.grad.any()
 

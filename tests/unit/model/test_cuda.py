@@ -73,7 +73,7 @@ def test_grouped_product_with_empty_and_crowded_experts(counts: list[int]) -> No
     upstream = torch.randn(200, 32, device="cuda", dtype=torch.bfloat16)
     grads = []
     for product in (
-        lambda: grouped_linear(x, weight, offsets, "expert"),
+        lambda: grouped_linear(x, weight, offsets),
         lambda: _grouped_linear_masked(x, weight, offsets),
     ):
         out = product()

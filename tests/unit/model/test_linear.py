@@ -10,7 +10,7 @@ import torch
 from model.attention import GroupedOutput
 from model.linear import Kind, Linear, grouped_linear, linear
 from model.model import ForCausalLM
-from model.moe import Experts
+from model.moe import Experts, expert_mlp
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
 
 # Products that never leave higher precision: not through the door.
@@ -25,15 +25,15 @@ def recorded(model: ForCausalLM) -> list[tuple[str, tuple[int, ...]]]:
         notes.append((kind, tuple(weight.shape)))
         return linear(x, weight, kind)
 
-    def many(x, weight, offsets, kind):
-        notes.append((kind, tuple(weight.shape)))
-        return grouped_linear(x, weight, offsets, kind)
+    def mlp(rows, weights, offsets, gate_up, down, limit):
+        notes.extend(("expert", tuple(stack.shape)) for stack in (gate_up, down))
+        return expert_mlp(rows, weights, offsets, gate_up, down, limit)
 
     for module in model.modules():
         if isinstance(module, Linear):
             module.product = one
         elif isinstance(module, Experts):
-            module.product = many
+            module.mlp = mlp
     return notes
 
 
@@ -51,7 +51,7 @@ def test_every_projection_goes_through_the_door() -> None:
         if ("_proj" in name) and not any(part in name for part in OUTSIDE)
     ]
     assert sorted(through) == sorted(expected)
-    assert {kind for kind, _ in notes} == set(get_args(Kind))
+    assert {kind for kind, _ in notes} == {*get_args(Kind), "expert"}
 
 
 def test_kinds() -> None:
@@ -82,7 +82,7 @@ def test_products_are_in_the_activations_dtype(dtype: torch.dtype) -> None:
     out = linear(x.to(dtype), weight[0], "attention")
     assert out.dtype == dtype and relative(out, x @ weight[0].T) < 0.02
     offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
-    out = grouped_linear(x.to(dtype), weight, offsets, "expert")
+    out = grouped_linear(x.to(dtype), weight, offsets)
     assert out.dtype == dtype
     assert relative(out, torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T])) < 0.02
 

@@ -194,7 +194,7 @@ def test_masked_product_is_the_grouped_one() -> None:
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return grouped_linear(x, weight, offsets, "expert")
+    return grouped_linear(x, weight, offsets)
 
 
 @pytest.mark.parametrize(("vocab", "experts", "k"), [(96, 8, 3), (101, 8, 6), (40, 256, 6), (12, 6, 6)])

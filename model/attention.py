@@ -5,6 +5,7 @@ Legend: B batch, S sequence, D hidden, H heads, C head_dim, T compressed slots, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,12 +23,19 @@ from model.rope import apply_rope
 AttentionMode = Literal["sparse", "dense"]  # CSA attends to the selected, or to all visible entries
 
 
+def as_it_is(kv: Tensor) -> Tensor:
+    """KV entries as they were made."""
+    return kv
+
+
 class Attention(nn.Module):
     """Low-rank queries, one shared key/value head, sinks, grouped output (V4 report, section 2.3).
 
     Sliding-window layers use the "main" rotation, all others the "compress" one. `full_attention` is the
     dense baseline: the same projections, every earlier token of the document visible, no compression.
     """
+
+    stored: Callable[[Tensor], Tensor] = staticmethod(as_it_is)  # entries as read; a precision replaces it
 
     def __init__(self, config: ModelConfig, layer_type: str):
         super().__init__()
@@ -62,7 +70,7 @@ class Attention(nn.Module):
         q_latent = self.q_a_norm(self.q_a_proj(x))  # [B, S, q_lora_rank]
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         q = apply_rope(rms_norm(q, eps=self.eps), per_head)  # [B, S, H, C]
-        kv = apply_rope(self.kv_norm(self.kv_proj(x)), (cos, sin))  # [B, S, C]
+        kv = self.stored(apply_rope(self.kv_norm(self.kv_proj(x)), (cos, sin)))  # [B, S, C]
         entries, visible = self._far(x, q_latent, kv, layout, mode)
         (kv,) = layout.context.extended(self.window, kv)
         out = shared_kv_attention(q, kv, entries, visible, self.sinks, layout.positions, self.window)
@@ -80,7 +88,7 @@ class Attention(nn.Module):
         if self.layer_type not in COMPRESSED:
             return None, None
         slots = layout.slots[self.layer_type]
-        entries = self.compressor(x, slots)
+        entries = self.stored(self.compressor(x, slots))
         if self.layer_type == "compressed_sparse_attention" and mode == "sparse":
             return entries, self.indexer(x, q_latent, slots, layout.rotations["compress"])
         return entries, slots.visible()

@@ -5,6 +5,7 @@ Legend: B batch, S sequence, D hidden, T compressed slots, h index heads, c inde
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from model.compressor import Compressor
@@ -12,6 +13,7 @@ from model.config import ModelConfig
 from model.kernels.indexer import select_entries
 from model.layout import Slots
 from model.linear import Linear
+from model.quant import rotated_fp4
 from model.rope import Rotation, apply_rope
 
 
@@ -21,6 +23,8 @@ class Indexer(nn.Module):
     Queries come from the attention's query latent. The inputs are detached: selection is not
     differentiable, and a loss on the scores may move the indexer only. V4 report, section 2.3.1.
     """
+
+    fp4 = False  # compare in FP4 and rank in bf16; a precision sets it
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -41,4 +45,7 @@ class Indexer(nn.Module):
         q = apply_rope(q, (cos.unsqueeze(2), sin.unsqueeze(2)))
         k = self.compressor(x, slots)
         weights = self.weights_proj(x) * (self.heads * self.channels) ** -0.5
-        return select_entries(q, k, weights, slots.visible(), self.topk)
+        if self.fp4:
+            q, k = rotated_fp4(q), rotated_fp4(k)
+        ranked_in = torch.bfloat16 if self.fp4 else torch.float32
+        return select_entries(q, k, weights, slots.visible(), self.topk, ranked_in)

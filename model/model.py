@@ -7,20 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionMode
+from model.attention import Attention, AttentionMode, as_it_is
 from model.block import DecoderLayer, stream_head
 from model.config import ModelConfig
+from model.fp8 import fp8_expert_mlp, fp8_linear
+from model.indexer import Indexer
 from model.layout import WholeSequence, build_layout, positions_from_documents
+from model.linear import Linear, linear
 from model.loss import linear_cross_entropy
-from model.moe import MoE, balance_loss
+from model.moe import Experts, MoE, balance_loss, expert_mlp
 from model.mtp import MultiTokenPredictor
 from model.norm import RMSNorm
+from model.precision import FP8_KINDS, Precision
+from model.quant import stored_entry
 
 LossPart = tuple[Tensor, Tensor]  # sum, count
 
@@ -132,6 +138,21 @@ class ForCausalLM(nn.Module):
     def moes(self) -> list[MoE]:
         """Every MoE in the order of `ModelOutput.expert_indices`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def use(self, precision: Precision) -> ForCausalLM:
+        """Have all products computed in what `precision` says, from now on."""
+        rotated = self.config.qk_rope_head_dim
+        for module in self.modules():
+            if isinstance(module, Linear):
+                eight = precision.fp8 and module.kind in FP8_KINDS
+                module.product = fp8_linear if eight else linear
+            elif isinstance(module, Experts):
+                module.mlp = fp8_expert_mlp if precision.fp8 else expert_mlp
+            elif isinstance(module, Attention):
+                module.stored = partial(stored_entry, rotated=rotated) if precision.fp8_kv else as_it_is
+            elif isinstance(module, Indexer):
+                module.fp4 = precision.fp4_indexer
+        return self
 
     def cast(self, dtype: torch.dtype) -> ForCausalLM:
         """Cast the weights of large products to `dtype`, in place; what recipes keep in fp32 stays.

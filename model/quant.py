@@ -99,6 +99,49 @@ def dequantise_fp4(packed: Tensor, scales: Tensor) -> Tensor:
     return _whole(_blocks(values, FP4_BLOCK) * scales.float()[..., None, :, None], values.shape)
 
 
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, whose gradient goes to x unchanged."""
+    return _StraightThrough.apply(x, rounded.detach())
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[override]
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
+
+
+def stored_entry(kv: Tensor, rotated: int) -> Tensor:
+    """KV entries [..., C] as a cache returns them that keeps all but the last `rotated` channels in FP8.
+
+    Straight through in backward. V4 report, on the KV cache.
+    """
+    plain, rope = kv.detach().split([kv.shape[-1] - rotated, rotated], dim=-1)
+    return straight_through(kv, torch.cat((round_fp8(plain, KV_TILE), rope), dim=-1))
+
+
+def rotated_fp4(x: Tensor) -> Tensor:
+    """Index queries or keys [..., c], c a power of two, rotated (`hadamard`) and rounded to FP4, in bf16.
+
+    The rotation leaves products of queries and keys as they are, and spreads outliers over all channels.
+    Straight through in backward. V4 report, on the FP4 indexer.
+    """
+    x = hadamard(x)
+    return straight_through(x, round_fp4(x)).to(torch.bfloat16)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x [..., c] times the symmetric orthonormal Hadamard matrix of c, a power of two, in x's dtype."""
+    size = x.shape[-1]
+    signs = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while len(signs) < size:
+        signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
+    return x @ signs * size**-0.5
+
+
 def _blocks(x: Tensor, block: Block) -> Tensor:
     """x [..., M, N] -> [..., ceil(M / r), r, ceil(N / c), c], filled up with zeros."""
     count = [-(-size // part) for size, part in zip(x.shape[-2:], block)]

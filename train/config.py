@@ -11,6 +11,7 @@ from typing import Literal, cast
 from configs.errors import ConfigError
 from data.config import DataConfig
 from model.config import ModelConfig
+from model.precision import Precision
 from optim.config import OptimConfig
 from optim.schedule import decay_start
 from train.phases import Phase, PhaseConfig, Timeline
@@ -108,15 +109,31 @@ class TrainConfig:
 class PrecisionConfig:
     """What the matrix products are computed in; master weights and optimizer states stay float32.
 
-    Raises ConfigError when `compute_dtype` is neither "float32" nor "bfloat16".
+    compute_dtype   "float32" or "bfloat16": of all that is not named below
+    fp8, fp4_experts, fp4_indexer, fp8_kv   see `model.precision.Precision`
+    qat_start       the step, counted from 0, from which the last three are in effect
+
+    Raises ConfigError, naming `precision.KEY`, when a value is out of range.
     """
 
     name: str
     compute_dtype: str
+    fp8: bool = False
+    fp4_experts: bool = False
+    fp4_indexer: bool = False
+    fp8_kv: bool = False
+    qat_start: int = 0
 
     def __post_init__(self) -> None:
         allowed = self.compute_dtype in ("float32", "bfloat16")
         _require(allowed, "precision.compute_dtype", self.compute_dtype, "float32 or bfloat16")
+        _require(self.qat_start >= 0, "precision.qat_start", self.qat_start, "0 or more")
+
+    def at(self, step: int) -> Precision:
+        """What is rounded in this step."""
+        if step < self.qat_start:
+            return Precision(self.fp8)
+        return Precision(self.fp8, self.fp4_experts, self.fp4_indexer, self.fp8_kv)
 
 
 # What the engine of one process can do, and how YAML writes it.
@@ -244,6 +261,7 @@ class RunConfig:
             self._check_lengths(phase)
             self._check_weights(phase)
         self._check_vocabulary()
+        self._check_rotation()
         decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
@@ -338,6 +356,12 @@ class RunConfig:
         name, least = max(reach.items(), key=lambda item: item[1])
         rule = f"parallel.cp · {name} = {parts * least} or more"
         _require(seq_len >= parts * least, key, seq_len, rule)
+
+    def _check_rotation(self) -> None:
+        channels = self.model.index_head_dim
+        possible = not self.precision.fp4_indexer or channels & (channels - 1) == 0
+        rule = "a power of two with precision.fp4_indexer=true"
+        _require(possible, "model.index_head_dim", channels, rule)
 
     def _check_vocabulary(self) -> None:
         """Every id that the tokenizer can make has a row in the embedding."""

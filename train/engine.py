@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from configs.errors import ConfigError
 from model.hyper_connection import HyperConnection
 from model.model import ForCausalLM, ModelOutput, stays_fp32
+from model.precision import Precision
+from model.quant import round_fp4
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
+from optim.partition import is_expert
 from optim.schedule import set_lr
 
 Batch = Mapping[str, Tensor]
@@ -43,6 +46,7 @@ class Engine(ABC):
     optimizer: HybridOptimizer
     clip_norm: float
     rank: int = 0
+    precision = Precision()
 
     def __call__(self, batch: Batch, **options: Any) -> ModelOutput:
         """Losses of one micro-batch (`data.loader`'s tensors, on the model's device)."""
@@ -54,6 +58,13 @@ class Engine(ABC):
 
         `last`: this is the step's last micro-batch. Over ranks, gradients add up.
         """
+
+    def use(self, precision: Precision) -> None:
+        """Compute in what `precision` says, from now on."""
+        if precision != self.precision:
+            self.precision = precision
+            self.model.use(precision)
+            self._copy_masters()
 
     @torch.no_grad()
     def step(self, lr: float, measure: bool = False) -> dict[str, Tensor]:
@@ -156,20 +167,29 @@ class Engine(ABC):
 
 class TorchEngine(Engine):
     """Trains `model` in `compute_dtype`; weights that are computed in a narrower dtype get an fp32 master.
+    So do experts that compute in fp32 but, at times, with FP4 values (`fp4_experts`).
 
     The gradient of such a weight is added to its master's in fp32 as soon as backward has made it, and freed.
     """
 
     def __init__(
-        self, model: ForCausalLM, config: OptimConfig, compute_dtype: torch.dtype, compiled: bool = False
+        self,
+        model: ForCausalLM,
+        config: OptimConfig,
+        compute_dtype: torch.dtype,
+        compiled: bool = False,
+        fp4_experts: bool = False,
     ):
         self.masters = dict(model.named_parameters())
-        self.narrow: dict[str, nn.Parameter] = {}  # weights that have a master of their own
-        if compute_dtype != torch.float32:
-            self.narrow = {name: p for name, p in self.masters.items() if not stays_fp32(name)}
-            self.masters |= {name: nn.Parameter(p.detach().clone()) for name, p in self.narrow.items()}
-            for name, parameter in self.narrow.items():
-                parameter.register_post_accumulate_grad_hook(self._accumulate_into(self.masters[name]))
+        narrow = compute_dtype != torch.float32
+        self.narrow = {  # weights that have a master of their own
+            name: parameter
+            for name, parameter in self.masters.items()
+            if (narrow and not stays_fp32(name)) or (fp4_experts and is_expert(name))
+        }
+        self.masters |= {name: nn.Parameter(p.detach().clone()) for name, p in self.narrow.items()}
+        for name, parameter in self.narrow.items():
+            parameter.register_post_accumulate_grad_hook(self._accumulate_into(self.masters[name]))
         self.model = model.cast(compute_dtype)
         self.clip_norm = config.clip_norm
         self.optimizer = HybridOptimizer(build_groups(self.masters.items(), model.config, config))
@@ -193,7 +213,8 @@ class TorchEngine(Engine):
 
     def _copy_masters(self) -> None:
         for name, parameter in self.narrow.items():
-            parameter.copy_(self.masters[name])
+            master = self.masters[name]
+            parameter.copy_(round_fp4(master) if self.precision.fp4_experts and is_expert(name) else master)
 
     @staticmethod
     def _accumulate_into(master: nn.Parameter) -> Any:

@@ -117,6 +117,7 @@ def advance(run: Run) -> None:
     """One step with everything around it: data, log, validation, checkpoint."""
     train, timeline = run.config.train, run.config.timeline
     config = run.config.during(timeline.at(run.step))
+    run.engine.use(config.precision.at(run.step))
     timer = Timer(run.ranks.device)
     with timer("data"), run.ranks.watch.patient():
         try:

@@ -211,6 +211,7 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
         manifest, state = ranks.together(lambda: _restore(resumed, config, engine, data))
         engine.state_was_loaded(state)
     step = manifest.get("step", 0)
+    engine.use(config.precision.at(step))
     ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
     train = config.train
     saver = checkpoint.Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
@@ -248,7 +249,8 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
     recompute.apply(model, config.recompute)
     model.context = context_of(mesh)
     if parallel.engine == "torch":
-        return TorchEngine(initialize(model, train.seed), config.optim, dtype, train.compile)
+        model = initialize(model, train.seed)
+        return TorchEngine(model, config.optim, dtype, train.compile, config.precision.fp4_experts)
     return ZeroEngine(
         model,
         config.optim,

@@ -18,7 +18,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from model.init import fill, fill_buffers
 from model.model import ForCausalLM, ModelOutput, stays_fp32
+from model.quant import round_fp4
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
@@ -132,7 +134,8 @@ class ZeroEngine(Engine):
     def _update(self) -> None:
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = groups[: self.deepspeeds]
-        self.deepspeed.step()
+        with self._rounding():
+            self.deepspeed.step()
         if self.shards is not None:
             self.optimizer.param_groups = groups[self.deepspeeds :]
             self.optimizer.step()
@@ -148,9 +151,36 @@ class ZeroEngine(Engine):
             self.shards.forget_gradients()
 
     def _copy_masters(self) -> None:
-        self.zero.update_lp_params()
+        with self._rounding():
+            self.zero.update_lp_params()
         if self.shards is not None:
             self.shards.weights_to_holders(self._sharded())
+
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        """Meanwhile owners round their experts' masters to FP4, once, before DeepSpeed gathers the weights."""
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        gather = stage_1_and_2.all_gather_dp_groups
+
+        def round_and_gather(**options: Any) -> None:
+            self._round_experts()
+            gather(**options)
+
+        if self.precision.fp4_experts:
+            stage_1_and_2.all_gather_dp_groups = round_and_gather
+        try:
+            yield
+        finally:
+            stage_1_and_2.all_gather_dp_groups = gather
+
+    @torch.no_grad()
+    def _round_experts(self) -> None:
+        for number, group in enumerate(self.optimizer.param_groups[: self.deepspeeds]):
+            weights = self.zero.parallel_partitioned_bit16_groups[number][group["sharing"].rank]
+            for view in group["views"]:
+                if is_expert(view.piece.name):
+                    view.of([weights]).copy_(round_fp4(view.of(group["params"])))
 
     def _sharded(self) -> list[Tensor]:
         """Flat partitions of the masters that are not DeepSpeed's."""

@@ -38,10 +38,22 @@ def keep_best(scores: Tensor, visible: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_entries(q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, topk: int) -> Tensor:
-    """Mask [B, S, T] of the entries that each query attends to, computed over chunks of queries."""
+def select_entries(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    visible: Tensor,
+    topk: int,
+    ranked_in: torch.dtype = torch.float32,
+) -> Tensor:
+    """Mask [B, S, T] of the entries that each query attends to, computed over chunks of queries.
+
+    `ranked_in`: what the sums over heads are rounded to before they are compared.
+    """
     if k.shape[1] <= topk:
         return visible
     chunk = max(1, SCORE_BUDGET // (q.shape[0] * q.shape[2] * k.shape[1]))
     parts = zip(q.split(chunk, 1), weights.split(chunk, 1), visible.split(chunk, 1), strict=True)
-    return torch.cat([keep_best(index_scores(qc, k, wc), vc, topk) for qc, wc, vc in parts], dim=1)
+    return torch.cat(
+        [keep_best(index_scores(qc, k, wc).to(ranked_in), vc, topk) for qc, wc, vc in parts], dim=1
+    )

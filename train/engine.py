@@ -24,6 +24,7 @@ from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
 from optim.partition import is_expert
 from optim.schedule import set_lr
+from train.quantisation import fp4_metrics, fp4_statistics
 
 Batch = Mapping[str, Tensor]
 
@@ -71,7 +72,8 @@ class Engine(ABC):
         """Clip each set, update the masters, copy them into the model.
 
         Returns `grad_norm_<set>` before clipping and, where `measure` is set, `update_rms_<algorithm>`, the
-        root mean square of the updates at learning rate 1. Nothing is updated when a norm is not finite.
+        root mean square of the updates at learning rate 1, and, with experts in FP4, `fp4_metrics`. Nothing
+        is updated when a norm is not finite.
         """
         self._collect()
         norms = self._clip()
@@ -82,7 +84,11 @@ class Engine(ABC):
             self._update()
         self._forget_gradients()
         logged = {f"grad_norm_{name}": norm for name, norm in norms.items()}
-        return logged | (self._update_rms() if measure and finite else {})
+        if measure and finite:
+            logged |= self._update_rms()
+        if measure and self.precision.fp4_experts:
+            logged |= self._fp4_metrics()
+        return logged
 
     def state(self) -> dict[str, Tensor]:
         """What of a resumed run's state this rank holds, by kind and piece; most tensors are the live ones.
@@ -141,6 +147,15 @@ class Engine(ABC):
             f"update_rms_{algorithm}": (square / count.clamp(min=1)).sqrt()
             for algorithm, square, count in zip(algorithms, squares, counts, strict=True)
         }
+
+    def _fp4_metrics(self) -> dict[str, Tensor]:
+        """What rounding does to the experts' masters of all ranks."""
+        sums = torch.zeros(9, dtype=torch.float64, device=self.model.lm_head.weight.device)
+        for group in self.optimizer.param_groups:
+            for view in group["views"]:
+                if is_expert(view.piece.name):
+                    sums += fp4_statistics(view.of(group["params"])) / group.get("holders", 1)
+        return fp4_metrics(self._sum_over_ranks(sums))
 
     def _collect(self) -> None:  # noqa: B027
         """Bring the step's gradients to the ranks that update with them; one rank has them."""

@@ -23,7 +23,7 @@ from model.rope import apply_rope
 from train.engine import Batch, Engine
 
 PARTS = ("lm", "mtp")
-RECALLS = ("indexer_recall", "indexer_recall_best")
+RECALLS = ("indexer_recall", "indexer_recall_best", "indexer_fp4_recall")
 QUERIES = 2048  # of one layer whose attention is computed in full for the indexer's recall
 LOGIT_BUDGET = 1 << 24  # numbers that such a computation holds at once
 
@@ -66,6 +66,8 @@ def watched(model: ForCausalLM, found: dict[str, float]) -> Iterator[None]:
     indexer_recall/<layer>           and indexer_recall_best/<layer>, of every CSA layer (`indexer_recall`);
                                      means over layers without `/<layer>`; absent where nothing is selected
                                      and where ranks share sequences: it would take all of them
+    indexer_fp4_recall/<layer>       share of what the indexer would select without rounding that it selects
+                                     with FP4, where it rounds; its mean likewise
 
     Of sequences that ranks share this is about the part held here.
     """
@@ -90,7 +92,7 @@ def watched(model: ForCausalLM, found: dict[str, float]) -> Iterator[None]:
     found |= mixing_errors(combs)
     found |= {f"stream_norm/{i}": norm for i, norm in enumerate(norms[0].tolist())}
     if recalls:
-        for kind, values in zip(RECALLS, torch.stack(list(recalls.values()), dim=1), strict=True):
+        for kind, values in zip(RECALLS, torch.stack(list(recalls.values()), dim=1)):
             found[kind] = float(values.mean())
             found |= {f"{kind}/{layer}": value for layer, value in zip(recalls, values.tolist(), strict=True)}
 
@@ -147,10 +149,17 @@ def _recall_into(recalls: dict[str, Tensor], layer: str, attention: Attention) -
         far: tuple[Tensor, Tensor], x: Tensor, q_latent: Tensor, kv: Tensor, layout: Layout, mode: str
     ) -> None:
         entries, selected = far
+        slots, indexer = layout.slots[attention.layer_type], attention.indexer
+        inputs = x, q_latent, slots, layout.rotations["compress"]
         if mode == "dense":  # what the indexer would select
-            slots = layout.slots[attention.layer_type]
-            selected = attention.indexer(x, q_latent, slots, layout.rotations["compress"])
+            selected = indexer(*inputs)
         if (recall := indexer_recall(attention, q_latent, kv, entries, selected, layout)) is not None:
+            if indexer.fp4:
+                indexer.fp4 = False
+                exact = indexer(*inputs)
+                indexer.fp4 = True
+                contested = ((slots.visible().sum(-1) > indexer.topk) & layout.real).unsqueeze(-1) & exact
+                recall = torch.cat((recall, ((selected & contested).sum() / contested.sum()).view(1)))
             recalls[layer] = recall
 
     return see

@@ -6,9 +6,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from configs.errors import ConfigError
 from data.shards import Damaged
@@ -18,6 +19,7 @@ from optim.schedule import decay_start, lr_at
 from train.config import RunConfig
 from train.engine import Batch, Engine
 from train.metrics import Timer, expert_metrics, floats, memory, peak_flops
+from train.quantisation import fp8_metrics, observed
 from train.ranks import FailedHere, Ranks
 from train.run import Run, open_run
 
@@ -39,19 +41,22 @@ def train_step(
         len(moes), config.model.n_routed_experts, dtype=torch.int64, device=ranks.device
     )  # [MoE, E]
     sums = torch.zeros(len(counts), dtype=torch.float64, device=ranks.device)
+    measured = (step + 1) % config.train.log_every == 0
+    rounding: dict[str, Tensor] = {}
     micros = list(micro_batches(batch, config.train.micro_batch))
     for number, micro in enumerate(ranks.watch.each(micros), start=1):
         micro = {name: x.to(ranks.device, non_blocking=True) for name, x in micro.items()}
-        with timer("forward"):
-            output = engine(micro, mode=config.attention_mode)
-            parts = {part: output.losses[part][0] / count for part, count in counts.items()}
-            loss = torch.stack([weights[part] * mean for part, mean in parts.items()]).sum()
-        with timer("backward"):
-            engine.backward(loss, last=number == len(micros))
+        look = measured and number == 1 and engine.precision.fp8
+        with observed(engine.model, engine.precision, rounding) if look else nullcontext():
+            with timer("forward"):
+                output = engine(micro, mode=config.attention_mode)
+                parts = {part: output.losses[part][0] / count for part, count in counts.items()}
+                loss = torch.stack([weights[part] * mean for part, mean in parts.items()]).sum()
+            with timer("backward"):
+                engine.backward(loss, last=number == len(micros))
         sums += torch.stack(list(parts.values())).detach()
         for load, indices in zip(loads, output.expert_indices, strict=True):
             load += expert_loads(indices, len(load), part(micro["document_ids"]) >= 0)
-    measured = (step + 1) % config.train.log_every == 0
     with timer("optimizer"):
         norms = engine.step(lr, measure=measured)
     ranks.sum(sums)
@@ -60,7 +65,7 @@ def train_step(
     for gate, load in learned:
         update_bias(gate.e_score_correction_bias, load, config.train.bias_update_rate)
     logged = {**dict(zip(counts, sums, strict=True)), **norms, **expert_metrics(engine.model, list(loads))}
-    return {"lr": lr, **floats(logged)}
+    return {"lr": lr, **floats(logged), **fp8_metrics(rounding, ranks.sum)}
 
 
 def label_counts(batch: Batch, ranks: Ranks) -> dict[str, int]:

@@ -158,7 +158,7 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
-        """Meanwhile owners round their experts' masters to FP4, once, before DeepSpeed gathers the weights."""
+        """Meanwhile owners round their experts' masters to FP4 before DeepSpeed gathers the weights."""
         from deepspeed.runtime.zero import stage_1_and_2
 
         gather = stage_1_and_2.all_gather_dp_groups

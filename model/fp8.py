@@ -42,13 +42,13 @@ class _Linear(torch.autograd.Function):
         rows, columns = cast_activation(x.flatten(0, -2))
         w, w_transposed = cast_weight(weight)
         _keep(ctx, (columns, w_transposed))
-        return product(rows, w, x.dtype).view(*x.shape[:-1], -1)
+        return product(rows, w, x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         (x, w), _ = _kept(ctx)
         rows, columns = cast_activation(grad.flatten(0, -2))
-        return product(rows, w, grad.dtype).view(*grad.shape[:-1], -1), product(columns, x, grad.dtype)
+        return product(rows, w, grad.dtype).unflatten(0, grad.shape[:-1]), product(columns, x, grad.dtype)
 
 
 class _ExpertMLP(torch.autograd.Function):

@@ -60,6 +60,7 @@ class Engine(ABC):
         `last`: this is the step's last micro-batch. Over ranks, gradients add up.
         """
 
+    @torch.no_grad()
     def use(self, precision: Precision) -> None:
         """Compute in what `precision` says, from now on."""
         if precision != self.precision:

@@ -34,6 +34,8 @@ def grouped_outer_product(a: Quantised, b: Quantised, offsets: Tensor, dtype: to
 
     Tiles of 128 rows are counted from the first row of all, whatever group it belongs to.
     """
+    if not a.values.shape[-1]:
+        return a.scales.new_zeros(len(offsets), len(a.values), len(b.values), dtype=dtype)
     rows = dequantise(a, dtype).mT.contiguous(), dequantise(b, dtype).mT.contiguous()  # [R, O], [R, I]
     if dtype == torch.float64:  # torch has no grouped product in fp64
         ends = offsets.tolist()

@@ -32,28 +32,25 @@ class Precision:
 def products(precision: Precision, compute: str) -> Iterator[tuple[str, str, str, str]]:
     """Rows of a table: which products; operands forward; of the input's gradient; of the weight's gradient.
 
-    `compute` is the name of the compute dtype. Operands are in the order activation or gradient, weight or
-    activation; tiles and blocks are those of `model.quant`.
+    `compute` is the name of the compute dtype. Operands: activation or gradient · weight or activation, with
+    their blocks; FP4 weights are multiplied as FP8 in blocks of 128 × 128 where activations are FP8.
     """
     plain = (compute,) * 3
-    weight = "FP8 128×128"
-    eight = (f"FP8 1×128 · {weight}", f"FP8 1×128 · {weight}", "FP8 128×1 · FP8 128×1")
-    linear = eight if precision.fp8 else plain
-    expert = linear
+    eight = ("FP8 1×128 · 128×128", "FP8 1×128 · 128×128", "FP8 128×1 · 128×1")
+    linear = expert = eight if precision.fp8 else plain
     if precision.fp4_experts:
-        four = "FP4 1×32" if not precision.fp8 else f"FP4 1×32 in {weight}"
-        forward = f"FP8 1×128 · {four}" if precision.fp8 else f"{compute} · {four}"
-        expert = (forward, forward, linear[2])
-    scores = "FP4 1×32 · FP4 1×32" if precision.fp4_indexer else compute
+        with_weight = f"{'FP8 1×128' if precision.fp8 else compute} · FP4 1×32"
+        expert = (with_weight, with_weight, linear[2])
+    scores = "FP4 1×32 · 1×32" if precision.fp4_indexer else compute
     entries = f"{compute} · FP8 1×64" if precision.fp8_kv else compute
     yield "attention: q_a, q_b, kv, o_b", *linear
-    yield "attention: queries · entries, probabilities · entries", entries, compute, compute
+    yield "attention: with entries", entries, entries, "none"
     yield "attention: o_a", *plain
     yield "compressors", *plain
     yield "indexer: q_b", *linear
-    yield "indexer: queries · keys", scores, "none", "none"
+    yield "indexer: scores", scores, "none", "none"
     yield "indexer: head weights", *plain
-    yield "router, hyper-connections", *("float32",) * 3
+    yield "routers, hyper-connections", *("float32",) * 3
     yield "routed experts", *expert
     yield "shared experts", *linear
     yield "MTP: e, h", *linear

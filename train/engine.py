@@ -61,12 +61,14 @@ class Engine(ABC):
         """
 
     @torch.no_grad()
-    def use(self, precision: Precision) -> None:
-        """Compute in what `precision` says, from now on."""
-        if precision != self.precision:
-            self.precision = precision
-            self.model.use(precision)
-            self._copy_masters()
+    def use(self, precision: Precision) -> bool:
+        """Compute in what `precision` says, from now on; whether that is something new."""
+        if precision == self.precision:
+            return False
+        self.precision = precision
+        self.model.use(precision)
+        self._copy_masters()
+        return True
 
     @torch.no_grad()
     def step(self, lr: float, measure: bool = False) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from configs.errors import ConfigError
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
-from optim.partition import View, whole_views
+from optim.partition import View, is_expert, whole_views
 from train import recompute
 from train.config import RunConfig
 from train.parallel import standins
@@ -46,7 +46,8 @@ class Memory:
     """Bytes on each rank of `mesh`; `accumulates`: gradients exist beside all that a micro-batch adds.
 
     weights      as they are computed with, and the routers' buffers
-    masters      fp32; under ZeRO this rank's partition of all, else copies of narrower weights
+    masters      fp32; under ZeRO this rank's partition of all, else copies of narrower weights and of
+                 experts that compute in FP4
     gradients    fp32 sums over the micro-batches of a step
     moments      one number of Muon, two of AdamW; the indexer does not train and has none
     activations  the most that one micro-batch adds: what backward needs, and temporaries
@@ -146,12 +147,14 @@ def _torch_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str
     dtype = getattr(torch, config.precision.compute_dtype)
     every = sum(p.numel() for p in model.parameters())
     narrow = sum(p.numel() for name, p in model.named_parameters() if not stays_fp32(name))
+    experts = sum(p.numel() for name, p in model.named_parameters() if is_expert(name))
+    apart = narrow if dtype.itemsize < 4 else experts * config.precision.fp4_experts
     groups = build_groups(model.named_parameters(), model.config, config.optim)
     trained = [group for group in groups if group["set"] == "model"]  # the indexer is switched off
     sizes = [sum(p.numel() for p in group["params"]) for group in trained]
     return {
         "weights": 4 * (every - narrow) + dtype.itemsize * narrow,
-        "masters": 4 * narrow if dtype.itemsize < 4 else 0,
+        "masters": 4 * apart,
         "gradients": 4 * sum(sizes),
         "moments": sum(_moments(group) * size for group, size in zip(trained, sizes, strict=True)),
         "scratch": max(_scratch(group, whole_views(group)) for group in trained),

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from configs.compose import compose
 from configs.errors import ConfigError
+from model.precision import products
 from train import cli
+from train.config import PrecisionConfig
 from train.memory import GIB, predict
 from train.memory import table as memory_table
 from train.parallel.volume import volume
@@ -24,7 +26,9 @@ What a run will need and send, from shapes alone: python -m train.plan ranks=N [
   ranks=N        how many ranks; the other arguments are those of python -m train
   gpu_gib=79     memory of one GPU, in GiB: 79 of an 80 GB H100 are free
 
-Memory is that of the rank with most; routing is taken to be balanced. Traffic is what all ranks together put
+First come the numbers that matrix products multiply: activation or gradient, then weight or activation, FP8
+and FP4 with the block that shares a scale. Memory is that of the rank with most; routing is taken to be
+balanced, and precision=fp8 to need what bf16 does. Traffic is what all ranks together put
 into collectives in one step of the last phase (train/README.md, "What travels").
 
 Examples:
@@ -55,6 +59,7 @@ def main(argv: list[str]) -> None:
     mesh = mesh_of(config, options.ranks)
     buckets = bucket_bytes(config, Ranks(0, options.ranks, torch.device("cuda")))
     console = Console(highlight=False)
+    console.print(precision_table(config.precision))
     console.print(memory_table(predict(config, mesh, buckets), round(options.gpu_gib * GIB)))
     found, tokens = volume(config, mesh), config.train.batch_tokens
     rows = Table("sent in a step", "GB", "MB a rank", "kB a token", title="traffic", title_justify="left")
@@ -62,6 +67,18 @@ def main(argv: list[str]) -> None:
         per = (count / 1e9, count / options.ranks / 1e6, count / tokens / 1e3)
         rows.add_row(purpose, *(f"{number:,.3f}" for number in per))
     console.print(rows)
+
+
+def precision_table(precision: PrecisionConfig) -> Table:
+    """The operands of every matrix product once all of `precision` is in effect."""
+    since = f", from step {precision.qat_start} on" if precision.qat_start else ""
+    table = Table(
+        "product", "forward", "gradient of input", "of weight", title=f"precision: {precision.name}{since}"
+    )
+    table.title_justify = "left"
+    for row in products(precision.at(precision.qat_start), precision.compute_dtype):
+        table.add_row(*row)
+    return table
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from model.flops import count_parameters
 from model.model import ForCausalLM
+from model.precision import Precision
 from optim.groups import build_groups, group_rows
 from train.config import RunConfig, TrainConfig
 from train.engine import Engine
@@ -67,7 +69,7 @@ class Report:
         self.console.print(
             f"model   {(count.total + count.mtp) / 1e6:,.1f}M parameters,"
             f" {count.active / 1e6:,.1f}M active per token, {config.model.num_hidden_layers} layers"
-            f" on {device}, {config.precision.compute_dtype}"
+            f" on {device}, {config.precision.name} ({config.precision.compute_dtype})"
         )
         missing = summary["shards"] - summary["shards_ready"]
         waiting = f" ({missing} of {summary['shards']} shards to come)" if missing else ""
@@ -107,6 +109,11 @@ class Report:
         """Print the validation losses, in nats per token."""
         text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
         self._line(f"step {step:>6}  validation  {text}", style="bold")
+
+    def precision(self, step: int, now: Precision) -> None:
+        """What is rounded from the step after this one on, which it was not before."""
+        words = [name for name, value in asdict(now).items() if value]
+        self._line(f"step {step:>6}  precision  {', '.join(words) or 'nothing is rounded'}", style="bold")
 
     def warn(self, text: str) -> None:
         """Something that the run survives."""

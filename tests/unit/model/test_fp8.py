@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -92,7 +93,10 @@ def test_experts_are_fp64_of_rounded_operands(dtype: torch.dtype) -> None:
     rows, weights = random(300, 160, dtype=dtype), torch.rand(300, dtype=dtype, requires_grad=True)
     gate_up, down = (random(4, *shape, dtype=dtype, seed=3) for shape in ((2 * 96, 160), (160, 96)))
     grad, limit = random(300, 160, dtype=dtype, seed=4).detach(), 10.0
-    mlp = lambda *inputs: fp8_expert_mlp(inputs[0], inputs[1], OFFSETS, *inputs[2:], limit)  # noqa: E731
+
+    def mlp(rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return fp8_expert_mlp(rows, weights, OFFSETS, gate_up, down, limit)
+
     out, rows_grad, weights_grad, first_grad, second_grad = run(mlp, grad, rows, weights, gate_up, down)
     first, second = (round_fp8(w.detach(), FP8_BLOCK) for w in (gate_up, down))
     start = 0
@@ -128,7 +132,10 @@ def test_experts_without_rows() -> None:
     for x in inputs:
         x.requires_grad_()
     none = torch.zeros(4, dtype=torch.int32)
-    mlp = lambda *inputs: fp8_expert_mlp(inputs[0], inputs[1], none, *inputs[2:], 10.0)  # noqa: E731
+
+    def mlp(rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return fp8_expert_mlp(rows, weights, none, gate_up, down, 10.0)
+
     out, *grads = run(mlp, torch.zeros(0, 32), *inputs)
     assert out.shape == (0, 32) and not any(grad.any() for grad in grads)
 
@@ -153,6 +160,12 @@ def test_a_precision_reaches_its_products_and_no_others() -> None:
     assert all(m.mlp is expert_mlp for m in model.modules() if isinstance(m, Experts))
 
 
+def note(seen: list[Tensor], function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), which is also put into `seen`."""
+    seen.append(function(*inputs))
+    return seen[-1]
+
+
 def test_stored_entries_change_what_attention_reads_and_leave_gradients() -> None:
     """Window and compressed entries both: each layer type gives something else than without."""
     for layer in "sch":
@@ -162,8 +175,7 @@ def test_stored_entries_change_what_attention_reads_and_leave_gradients() -> Non
         seen: list[Tensor] = []
         model.use(Precision(fp8_kv=True))
         attention = next(m for m in model.modules() if isinstance(m, Attention))
-        stored = attention.stored
-        attention.stored = lambda kv, stored=stored, seen=seen: seen.append(stored(kv)) or seen[-1]
+        attention.stored = partial(note, seen, attention.stored)
         loss = model(**batch).losses["lm"][0]
         assert len(seen) == 1 + (layer != "s") and loss != plain
         for kv in seen:
@@ -178,14 +190,13 @@ def test_stored_entries_change_what_attention_reads_and_leave_gradients() -> Non
 def test_the_indexer_ranks_rotated_fp4_in_bf16() -> None:
     model = tiny_model(tiny_config("c", index_topk=6))
     batch = packed_batch([[96]], 96)
-    found: dict[bool, Tensor] = {}
+    found: list[Tensor] = []
     indexer = next(m for m in model.modules() if isinstance(m, Indexer))
-    forward = indexer.forward
+    indexer.forward = partial(note, found, indexer.forward)  # type: ignore[method-assign]
     for fp4 in (False, True):
         model.use(Precision(fp4_indexer=fp4))
-        indexer.forward = lambda *inputs, fp4=fp4: found.setdefault(fp4, forward(*inputs))
         model(**batch)
-    exact, four = found[False], found[True]
+    exact, four = found
     assert (exact.sum(-1) == four.sum(-1)).all()  # as many, not quite the same ones
     assert not torch.equal(exact, four) and (exact & four).sum() > 0.6 * exact.sum()
     q, k, weights = torch.ones(1, 2, 1, 2), torch.ones(1, 3, 2), torch.ones(1, 2, 1)
@@ -208,8 +219,8 @@ def test_the_table_says_what_is_computed() -> None:
         for field in fields(Precision)
     }
     assert changed["fp4_experts"] == {"routed experts"}
-    assert changed["fp4_indexer"] == {"indexer: queries · keys"}
-    assert changed["fp8_kv"] == {"attention: queries · entries, probabilities · entries"}
+    assert changed["fp4_indexer"] == {"indexer: scores"}
+    assert changed["fp8_kv"] == {"attention: with entries"}
     assert changed["fp8"] == {
         "attention: q_a, q_b, kv, o_b",
         "indexer: q_b",

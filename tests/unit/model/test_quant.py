@@ -192,7 +192,7 @@ def test_stored_entries_keep_rotated_channels() -> None:
     assert torch.equal(stored[..., :448].flatten(0, 1), by_hand(plain, KV_TILE, FP8_VALUES)[0])
     weights = torch.randn_like(kv)
     stored.backward(weights)
-    assert torch.equal(kv.grad, weights)
+    assert kv.grad is not None and torch.equal(kv.grad, weights)
 
 
 def test_rotation_spreads_and_keeps_products() -> None:
@@ -207,4 +207,5 @@ def test_rotation_spreads_and_keeps_products() -> None:
     rotated = rotated_fp4(x)
     assert rotated.dtype == torch.bfloat16 and torch.equal(rotated.float(), round_fp4(hadamard(x.detach())))
     rotated.float().backward(torch.ones(4, 128))
+    assert x.grad is not None
     assert torch.allclose(x.grad, hadamard(torch.ones(4, 128)), atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def steps(engine: TorchEngine, config: RunConfig, numbers: range) -> list[dict[s
     return found
 
 
-def quantised(**keys: object) -> RunConfig:
+def quantised(**keys: Any) -> RunConfig:
     config = run_config()
     precision = PrecisionConfig("x", "float32", fp8=True, fp4_experts=True, fp4_indexer=True, fp8_kv=True)
     return replace(config, precision=replace(precision, **keys), train=replace(config.train, log_every=2))
@@ -72,12 +73,12 @@ def test_gradients_go_straight_through() -> None:
             if is_expert(name):
                 master.copy_(round_fp4(master))
         other._copy_masters()
-    for one in (engine, other):
-        output = one(uneven_batch())
-        one.backward(output.losses["lm"][0])
+    for each in (engine, other):
+        output = each(uneven_batch())
+        each.backward(output.losses["lm"][0])
     for name, master in engine.masters.items():
-        grad = other.masters[name].grad
-        assert (master.grad is None and grad is None) or torch.equal(master.grad, grad), name
+        one, grad = master.grad, other.masters[name].grad
+        assert one is grad is None or (one is not None and grad is not None and torch.equal(one, grad)), name
 
 
 def test_a_switch_is_exact_wherever_the_run_is_interrupted() -> None:

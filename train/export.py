@@ -103,15 +103,17 @@ def export_released(source: Path, out: Path) -> None:
     """
     config = run_config(source).model
     settings, specs = released_settings(config), model_specs(config, torch.float32)
-    plan = [
-        matrix
-        for name, (_, shape) in specs.items()
-        for matrix in matrices(name, shape, released_keys(name, shape))
-    ]
-    stored = {key: spec for entry in plan for key, spec in released_specs(entry.key, entry.shape).items()}
+    plan = released_plan(specs)
+    stored = {key: spec for matrix in plan for key, spec in released_specs(matrix.key, matrix.shape).items()}
     with open_tensors(source) as tensors:
         require(tensors, specs, source)
         write_folder(out, settings, stored, released_content(tensors, plan), tokenizer_file(source))
+
+
+def released_plan(specs: dict[str, Spec]) -> list[Matrix]:
+    """What the released files hold for these parameters and buffers of ours."""
+    whole = ((name, shape, released_keys(name, shape)) for name, (_, shape) in specs.items())
+    return [matrix for name, shape, keys in whole for matrix in matrices(name, shape, keys)]
 
 
 def released_content(tensors: Tensors, plan: list[Matrix]) -> Iterator[tuple[str, Iterable[Tensor]]]:

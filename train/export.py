@@ -50,7 +50,8 @@ Write a checkpoint's weights for other tools: python -m train.export checkpoint=
                    moe_intermediate_size must be multiples of 32
 
 out holds config.json, tokenizer.json and safetensors files of about 5 GB; it needs the memory of one matrix,
-format=deepseek that of a few. transformers loads bf16 and fp32; train.import_hf reads all three.
+format=deepseek that of a few. train.import_hf reads all of them. transformers loads deepseek with accelerate
+installed, but decodes it wrongly, or refuses, where 128 does not divide a larger side of an FP8 matrix.
 
 Examples:
   python -m train.export checkpoint=runs/first out=first

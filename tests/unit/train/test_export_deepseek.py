@@ -193,7 +193,7 @@ def test_a_run_reads_exactly_what_the_formats_keep(case, request, tmp_path):
 def test_transformers_computes_the_same(whole, tmp_path, monkeypatch):
     """On a CPU it decodes FP8 and FP4 as it loads. It asks for accelerate first, yet uses none of it here.
 
-    It reads no partial blocks, so this is only for the model without.
+    It takes partial blocks to be smaller whole ones, so this is only for the model without.
     """
     _, folder = whole
     assert call(import_hf, f"source={folder}", f"out={tmp_path / 'run'}") == 0

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from model.config import ModelConfig
+from model.deepseek import EXPERT, TO_OURS, expert_keys
 from model.flops import parameter_shapes
 from model.model import ForCausalLM, stays_fp32
 from model.tensorfile import Spec, TensorFile, nbytes
@@ -32,36 +34,17 @@ SHOWN = 10  # names in an error, at most
 BUFFERS = ("tid2eid", "e_score_correction_bias")
 
 # Released or transformers' name -> ours, applied in this order; our own names pass unchanged.
-_TO_OURS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^model\.", ""),
-        (r"^embed\.", "embed_tokens."),
-        (r"^head\.", "lm_head."),
-        (r"^(mtp\.\d+)\.(?=attn|ffn|hc_attn|hc_ffn)", r"\1.block."),
-        (r"hc_head_(fn|base|scale)$", r"hc_head.hc_\1"),
-        (r"\.hc_(attn|ffn)_(fn|base|scale)$", r".\1_hc.\2"),
-        (r"\.attn_norm\.", ".input_layernorm."),
-        (r"\.ffn_norm\.", ".post_attention_layernorm."),
-        (r"\.attn\.", ".self_attn."),
-        (r"\.ffn\.", ".mlp."),
-        (r"\.self_attn\.compressor\.indexer\.(kv_|gate_|position_bias)", r".self_attn.indexer.compressor.\1"),
-        (r"\.self_attn\.compressor\.indexer\.(scorer\.)?", ".self_attn.indexer."),
-        (r"\.attn_sink$", ".sinks"),
-        (r"\.ape$", ".position_bias"),
-        (r"\.(self_attn|compressor)\.norm\.", r".\1.kv_norm."),
-        (r"\.q_norm\.", ".q_a_norm."),
-        (r"\.w(q_a|o_a|o_b)\.", r".\1_proj."),
-        (r"\.wq_b\.", ".q_b_proj."),
-        (r"\.wkv\.", ".kv_proj."),
-        (r"\.wgate\.", ".gate_proj."),
-        (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
-        (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
-        (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
-        (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
-    )
-)
-_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.w([123])\.weight$")
+_TO_OURS = [
+    (re.compile(r"^model\."), ""),
+    (re.compile(r"^(mtp\.\d+)\.(?=attn|ffn|hc_attn|hc_ffn)"), r"\1.block."),
+    *TO_OURS,
+    (
+        re.compile(r"\.self_attn\.compressor\.indexer\.(kv_|gate_|position_bias)"),
+        r".self_attn.indexer.compressor.\1",
+    ),
+    (re.compile(r"\.self_attn\.compressor\.indexer\.(scorer\.)?"), ".self_attn.indexer."),
+    (re.compile(r"\.self_attn\.norm\."), ".self_attn.kv_norm."),
+]
 
 
 def to_hf_state_dict(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -98,24 +81,40 @@ def write_pretrained(
     parts: Callable[[str], Iterable[Tensor]],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `config.json`, `files` (name -> text) and safetensors of about 5 GB to a new or empty folder.
+    """`write_folder` of the names and the `config.json` of `transformers`.
 
     `specs`: every tensor by our name; `parts` gives a tensor's consecutive parts, one of which is held at a
-    time. The folder appears complete or not at all: it is written beside its place, flushed to disk and
-    renamed. Raises ConfigError for a baseline that `transformers` cannot express and FileExistsError for a
-    folder that holds something.
+    time. Raises ConfigError for a baseline that `transformers` cannot express.
+    """
+    refuse_filled(Path(directory))
+    _check_names(specs, config)
+    settings = {**config.to_hf(), "dtype": str(specs["lm_head.weight"][0]).removeprefix("torch.")}
+    content = ((_hf_name(name), parts(name)) for name in specs)
+    write_folder(directory, settings, {_hf_name(name): spec for name, spec in specs.items()}, content, files)
+
+
+def write_folder(
+    directory: str | Path,
+    settings: Mapping[str, Any],
+    specs: Mapping[str, Spec],
+    content: Iterable[tuple[str, Iterable[Tensor]]],
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `config.json`, `files` (name -> text) and safetensors of about 5 GB to a new or empty folder.
+
+    `specs`: every tensor by its key; `content`: the same keys in the same order, each with the tensor's
+    consecutive parts. The folder appears complete or not at all: it is written beside its place, flushed to
+    disk and renamed. Raises FileExistsError for a folder that holds something.
     """
     directory = Path(directory).absolute()
     refuse_filled(directory)
-    _check_names(specs, config)
-    dtype = str(specs["lm_head.weight"][0]).removeprefix("torch.")
-    settings = json.dumps({**config.to_hf(), "dtype": dtype}, indent=2, sort_keys=True) + "\n"
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     staging.mkdir()
     try:
-        _write_weights(staging, specs, parts)
-        for file, text in {**(files or {}), "config.json": settings}.items():
+        _write_weights(staging, specs, iter(content))
+        texts = {**(files or {}), "config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n"}
+        for file, text in texts.items():
             (staging / file).write_text(text)
         for path in (*staging.iterdir(), staging):
             flush(path)
@@ -215,7 +214,8 @@ def keys_of_names(
     missing = [name for name in shapes if name not in whole and name not in single]
     unknown = [key for name in whole if name not in known for key in whole[name]]
     for name, experts in single.items():
-        wanted = _expert_keys(name, experts, shapes[name][0]) if name in known else []
+        prefix, stack = experts[0].rsplit(".", 3)[0], name.rpartition(".")[2]
+        wanted = expert_keys(prefix, stack, shapes[name][0]) if name in known else []
         missing += [key for key in wanted if key not in experts]
         unknown += [key for key in experts if key not in wanted]
         whole[name] = wanted
@@ -228,7 +228,7 @@ def _by_name(keys: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[
     whole: dict[str, list[str]] = {}
     single: dict[str, list[str]] = {}
     for key in keys:
-        if expert := _EXPERT.match(key):
+        if expert := EXPERT.match(key):
             stack = "down_proj" if expert[3] == "2" else "gate_up_proj"
             single.setdefault(_our_name(f"{expert[1]}.{stack}"), []).append(key)
         else:
@@ -239,17 +239,10 @@ def _by_name(keys: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[
     return whole, single
 
 
-def _expert_keys(name: str, some: Sequence[str], experts: int) -> list[str]:
-    """The keys of a stack's single experts, in order, given some of them."""
-    parts = (2,) if name.endswith("down_proj") else (1, 3)
-    prefix = some[0].rsplit(".", 3)[0]
-    return [f"{prefix}.{number}.w{part}.weight" for number in range(experts) for part in parts]
-
-
 def _assemble(keys: list[str], fetch: Callable[[str], Tensor]) -> Tensor:
     """The tensor at one key, or single experts' [F, D] gates and ups -> [E, 2F, D], downs -> [E, D, F]."""
     tensors = [fetch(key) for key in keys]
-    expert = _EXPERT.match(keys[0])
+    expert = EXPERT.match(keys[0])
     if expert is None:
         return tensors[0]
     if expert[3] == "2":
@@ -285,26 +278,26 @@ def _refuse(**problems: list[str]) -> None:
 
 
 def _write_weights(
-    directory: Path, specs: Mapping[str, Spec], parts: Callable[[str], Iterable[Tensor]]
+    directory: Path, specs: Mapping[str, Spec], content: Iterator[tuple[str, Iterable[Tensor]]]
 ) -> None:
     """One file, or numbered ones and an index of which holds what."""
     shards = _shards(specs)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    for file, names in zip(files, shards):
-        with TensorFile(directory / file, {_hf_name(name): specs[name] for name in names}) as tensors:
-            for name in names:
-                tensors.write_parts(_hf_name(name), parts(name))
+    for file, keys in zip(files, shards):
+        with TensorFile(directory / file, {key: specs[key] for key in keys}) as tensors:
+            for key, parts in islice(content, len(keys)):
+                tensors.write_parts(key, parts)
     if len(shards) > 1:
         size = sum(map(nbytes, specs.values()))
-        where = {_hf_name(name): file for file, names in zip(files, shards) for name in names}
+        where = {key: file for file, keys in zip(files, shards) for key in keys}
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _shards(specs: Mapping[str, Spec]) -> list[list[str]]:
-    """Names in order, a new shard wherever the next tensor would exceed SHARD_BYTES."""
+    """Keys in order, a new shard wherever the next tensor would exceed SHARD_BYTES."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():

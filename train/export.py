@@ -1,11 +1,16 @@
-"""`python -m train.export`: a checkpoint's weights as a folder that transformers loads, part by part."""
+"""`python -m train.export`: a checkpoint's weights as a folder that other tools load, part by part.
+
+bf16 and fp32 are folders for transformers (`model.hf`); deepseek is the layout of the released files, FP4
+experts and FP8 blocks, quantised from the checkpoint's fp32 weights (`model.deepseek`).
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +18,45 @@ from torch import Tensor
 from configs.compose import from_yaml
 from configs.errors import ConfigError
 from model.config import ModelConfig
-from model.hf import BUFFERS, empty_model, refuse_filled, stored_dtype, write_pretrained
+from model.deepseek import (
+    FP4,
+    FP8,
+    quantised,
+    released_dtype,
+    released_keys,
+    released_settings,
+    released_specs,
+)
+from model.hf import BUFFERS, empty_model, refuse_filled, stored_dtype, write_folder, write_pretrained
 from model.tensorfile import Spec
 from optim.partition import Piece, pieces
 from train import cli
 from train.checkpoint import Tensors, open_tensors, read_manifest
 from train.config import RunConfig
 
-FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FORMATS = (*DTYPES, "deepseek")
 TOKENIZER = "tokenizer.json"
 HELP = """\
-Write a checkpoint's weights for transformers: python -m train.export checkpoint=DIR out=DIR [format=bf16]
+Write a checkpoint's weights for other tools: python -m train.export checkpoint=DIR out=DIR [format=bf16]
 
   checkpoint=DIR   a checkpoint, or a run's folder: its newest checkpoint that is not damaged
   out=DIR          a new or empty folder; it appears complete or not at all
   format=bf16      bf16, or fp32: the weights as they are trained. What is computed in fp32 stays fp32:
                    norms, routers, hyper-connections, sinks and position biases
+  format=deepseek  the layout and names of the released DeepSeek-V4 files: routed experts in FP4 (scales for
+                   1 x 32), the other large products in FP8 (128 x 128), hyper-connections, sinks and biases
+                   in fp32, the rest, norms and routers too, in bf16. The model's hidden_size and
+                   moe_intermediate_size must be multiples of 32
 
-out holds config.json, tokenizer.json and safetensors files of about 5 GB; it needs the memory of one matrix.
+out holds config.json, tokenizer.json and safetensors files of about 5 GB; it needs the memory of one matrix,
+format=deepseek that of a few. train.import_hf reads all of them. transformers loads deepseek with accelerate
+installed, but decodes it wrongly, or refuses, where 128 does not divide a larger side of an FP8 matrix.
 
 Examples:
   python -m train.export checkpoint=runs/first out=first
   python -m train.export checkpoint=runs/first/checkpoints/step-00000100 out=first-100 format=fp32
+  python -m train.export checkpoint=runs/first out=first-released format=deepseek
   python -m train.sample checkpoint=first prompt="import "
 """
 
@@ -49,14 +71,17 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ConfigError(f"format is {self.format!r}; it must be {' or '.join(FORMATS)}")
+            raise ConfigError(f"format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
 
 
 def main(argv: list[str]) -> None:
     options = cli.read(Options, argv)
     refuse_filled(Path(options.out))
     source = cli.find_checkpoint(Path(options.checkpoint))
-    export(source, Path(options.out), FORMATS[options.format])
+    if options.format == "deepseek":
+        export_released(source, Path(options.out))
+    else:
+        export(source, Path(options.out), DTYPES[options.format])
     print(f"{source} is exported to {options.out} ({options.format})")
 
 
@@ -66,11 +91,48 @@ def export(source: Path, out: Path, dtype: torch.dtype) -> None:
     Raises ConfigError for a checkpoint that lacks a weight and for a model that transformers does not know.
     """
     config = run_config(source).model
-    specs = model_specs(config, dtype)
-    files = {TOKENIZER: (source / TOKENIZER).read_text()} if (source / TOKENIZER).exists() else {}
+    specs, files = model_specs(config, dtype), tokenizer_file(source)
     with open_tensors(source) as tensors:
         require(tensors, specs, source)
         write_pretrained(out, config, specs, lambda name: model_parts(tensors, name, specs[name]), files)
+
+
+def export_released(source: Path, out: Path) -> None:
+    """Write the model of checkpoint `source` to the new folder `out` as the released files are laid out.
+
+    Raises ConfigError for a checkpoint that lacks a weight and for a model that this layout cannot hold.
+    """
+    config = run_config(source).model
+    settings, specs = released_settings(config), model_specs(config, torch.float32)
+    plan = released_plan(specs)
+    stored = {key: spec for matrix in plan for key, spec in released_specs(matrix.key, matrix.shape).items()}
+    with open_tensors(source) as tensors:
+        require(tensors, specs, source)
+        write_folder(out, settings, stored, released_content(tensors, plan), tokenizer_file(source))
+
+
+def released_plan(specs: dict[str, Spec]) -> list[Matrix]:
+    """What the released files hold for these parameters and buffers of ours."""
+    whole = ((name, shape, released_keys(name, shape)) for name, (_, shape) in specs.items())
+    return [matrix for name, shape, keys in whole for matrix in matrices(name, shape, keys)]
+
+
+def released_content(tensors: Tensors, plan: list[Matrix]) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    """Key and consecutive parts of what `released_specs` lists, in that order, one matrix at a time."""
+    for key, _, parts in plan:
+        dtype = released_dtype(key)
+        if dtype in (FP4, FP8):
+            (piece,) = parts  # only tables are cut, and none is quantised
+            for name, tensor in quantised(key, tensors[piece.key]).items():
+                yield name, [tensor]
+        else:
+            yield key, (tensors[piece.key].to(dtype) for piece in parts)
+
+
+def tokenizer_file(source: Path) -> dict[str, str]:
+    """Name and content of the tokenizer that is saved with a checkpoint, if one is."""
+    path = source / TOKENIZER
+    return {TOKENIZER: path.read_text()} if path.exists() else {}
 
 
 def run_config(source: Path) -> RunConfig:
@@ -92,6 +154,23 @@ def stored_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     if name.endswith(BUFFERS):
         return [Piece(f"buffer.{name}", name, 0, shape)]
     return [piece._replace(key=f"weight.{piece.key}") for piece in pieces(name, shape)]
+
+
+class Matrix(NamedTuple):
+    """What a file outside holds under one key: a whole parameter or buffer, or one expert's matrix of it."""
+
+    key: str
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+def matrices(name: str, shape: tuple[int, ...], keys: list[str]) -> Iterator[Matrix]:
+    """The pieces of a parameter or buffer, dealt out to the keys that hold it."""
+    parts = stored_pieces(name, shape)
+    each = len(parts) // len(keys)
+    for number, key in enumerate(keys):
+        own = parts[number * each : (number + 1) * each]
+        yield Matrix(key, shape if len(keys) == 1 else own[0].shape, own)
 
 
 def model_parts(tensors: Tensors, name: str, spec: Spec) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,18 +23,17 @@ from configs.errors import ConfigError
 from data.tokenizer import Tokenizer, open_tokenizer
 from model.config import ModelConfig
 from model.hf import config_of, keys_of_names, read_json, tensor_files
+from model.quant import FP4_BLOCK, FP8_BLOCK, Block, Quantised, dequantise, dequantise_fp4
 from optim.partition import Piece
 from train import cli
 from train.checkpoint import Tensors, write
 from train.config import RunConfig, RunDirConfig
-from train.export import TOKENIZER, model_specs, stored_pieces
+from train.export import TOKENIZER, matrices, model_specs
 from train.resume import new_folder
 
 FLOATS, INTEGERS = (torch.float32, torch.bfloat16, torch.float16), (torch.int64, torch.int32)
 FP4, SCALES = (torch.int8, torch.uint8), (torch.float8_e8m0fnu, torch.float32)
 QUANTISED = (torch.float8_e4m3fn, *FP4)
-FP8_BLOCK, FP4_BLOCK = (128, 128), (1, 32)
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 HELP = """\
 Start a run from released weights: python -m train.import_hf source=DIR [out=RUN] [KEY=VALUE ...]
@@ -68,7 +67,7 @@ class Stored(NamedTuple):
 
     key: str
     scale: str | None
-    block: Sequence[int]
+    block: Block
     pieces: list[Piece]
 
 
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> None:
         out = Path(options.out)
         config = replace(config, run=RunDirConfig(dir=str(out.parent), name=out.name))
     folder = new_folder(config)
-    block = (hf.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK
+    block = tuple((hf.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK)
     with Tensors(sorted(set(files.values()))) as tensors:
         try:
             plan = plan_import(tensors, model, block)
@@ -133,7 +132,7 @@ def configure(model: ModelConfig, overrides: list[str]) -> tuple[RunConfig, Toke
     return config, open_tokenizer(config.data.tokenizer, Path(config.data.cache_dir), "", iter(()))
 
 
-def plan_import(tensors: Tensors, config: ModelConfig, block: Sequence[int]) -> list[Stored]:
+def plan_import(tensors: Tensors, config: ModelConfig, block: Block) -> list[Stored]:
     """What of the source becomes which pieces, in the order of reading; `block` is that of FP8's scales.
 
     Raises ConfigError for missing and unknown tensors and for what has another shape or dtype.
@@ -148,12 +147,9 @@ def plan_import(tensors: Tensors, config: ModelConfig, block: Sequence[int]) -> 
     keys = keys_of_names(set(tensors) - set(scales.values()), shapes)
     plan = []
     for name, shape in shapes.items():
-        parts = stored_pieces(name, shape)
-        each = len(parts) // len(keys[name])  # of an expert's matrix one, of a whole parameter all
-        for number, key in enumerate(keys[name]):
-            own = FP4_BLOCK if tensors.dtype(key) in FP4 else block
-            stored = Stored(key, scales.get(key), own, parts[number * each : (number + 1) * each])
-            _check(tensors, stored, shape if len(keys[name]) == 1 else stored.pieces[0].shape)
+        for key, part, own in matrices(name, shape, keys[name]):
+            stored = Stored(key, scales.get(key), FP4_BLOCK if tensors.dtype(key) in FP4 else block, own)
+            _check(tensors, stored, part)
             plan.append(stored)
     return plan
 
@@ -180,7 +176,7 @@ def read_pieces(tensors: Tensors, stored: Stored) -> Iterator[tuple[str, Tensor]
     """Key and value of every piece that one tensor of the source holds."""
     whole = tensors[stored.key]
     if stored.scale:
-        whole = dequantise(whole, tensors[stored.scale], stored.block)
+        whole = numbers(whole, tensors[stored.scale].float(), stored.block)
     flat, first = whole.flatten(), stored.pieces[0].start
     for piece in stored.pieces:
         part = flat[piece.start - first :][: piece.numel]
@@ -191,20 +187,11 @@ def _dtype(piece: Piece) -> torch.dtype:
     return torch.int64 if piece.name.endswith("tid2eid") else torch.float32
 
 
-def dequantise(quantised: Tensor, scale: Tensor, block: Sequence[int]) -> Tensor:
-    """fp32 [..., M, N] of FP8 [..., M, N] or of FP4 [..., M, N / 2], the low half of a byte first.
-
-    Each number is its element times the scale [..., M / rows, N / columns] of its block.
-    """
-    if quantised.dtype in FP4:
-        packed = quantised.view(torch.uint8)
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-        values = torch.tensor(FP4_VALUES)[codes.int()]
-    else:
-        values = quantised.float()
-    rows, columns = values.shape[-2:]
-    spread = scale.float().repeat_interleave(block[0], -2)[..., :rows, :]
-    return values.mul_(spread.repeat_interleave(block[1], -1)[..., :columns])
+def numbers(codes: Tensor, scales: Tensor, block: Block) -> Tensor:
+    """fp32 [..., M, N] of FP8 [..., M, N] in blocks of this size, or of FP4 [..., M, N / 2] in its own."""
+    if codes.dtype in FP4:
+        return dequantise_fp4(codes, scales)
+    return dequantise(Quantised(codes, scales, block))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def mistakes() -> Iterator[tuple[list[str], str]]:
     yield good[:1], "out: has no value"
     yield [*good, "fromat=fp32"], "fromat: there is no such key; did you mean format?"
     yield [*good, "xyzzy=1"], "xyzzy: there is no such key; the keys are checkpoint, out, format"
-    yield [*good, "format=fp8"], "format is 'fp8'; it must be bf16 or fp32"
+    yield [*good, "format=fp8"], "format is 'fp8'; it must be one of bf16, fp32, deepseek"
     yield [*good, "verbose"], "verbose: write KEY=VALUE"
     yield ["checkpoint={run}", "out={run}"], "is not empty"
     yield ["checkpoint={run}/nowhere", "out={out}"], "nowhere does not exist"

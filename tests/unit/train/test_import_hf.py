@@ -307,7 +307,7 @@ def test_transformers_decodes_the_same_numbers():
     for (codes, scale), block in ((encode_fp8(matrix), (128, 128)), (encode_fp4(matrix), (1, 32))):
         scale = scale.to(torch.float8_e8m0fnu)
         theirs = Fp8Dequantize(None)._dequantize_one(codes, scale, output_dtype=torch.float32)
-        assert torch.equal(import_hf.dequantise(codes, scale, block), theirs)
+        assert torch.equal(import_hf.numbers(codes, scale.float(), block), theirs)
         assert torch.equal(decode(codes, scale), theirs)
         assert 0 < (theirs - matrix).norm() / matrix.norm() < 0.15
 
@@ -315,13 +315,13 @@ def test_transformers_decodes_the_same_numbers():
 def test_every_code_of_fp8_and_fp4():
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
     one = torch.ones(1, 1).to(torch.float8_e8m0fnu)
-    wide = import_hf.dequantise(codes.view(torch.float8_e4m3fn), one, (128, 128))
+    wide = import_hf.numbers(codes.view(torch.float8_e4m3fn), one.float(), (128, 128))
     finite = wide.isfinite()
     assert finite.sum() == 254 and torch.equal(
         wide[finite], decode(codes.view(torch.float8_e4m3fn), one)[finite]
     )
     scale = torch.arange(1, 17).view(2, 8).to(torch.uint8).add(120).view(torch.float8_e8m0fnu)
-    packed = import_hf.dequantise(codes, scale, (1, 32))
+    packed = import_hf.numbers(codes, scale.float(), (1, 32))
     assert torch.equal(packed, decode(codes.view(torch.int8), scale)) and packed.unique().numel() == 75
 
 

@@ -14,8 +14,10 @@ from data.tokenizer import Tokenizer
 from model.attention import AttentionMode
 from model.hf import empty_model, load_pretrained
 from model.model import ForCausalLM
+from model.quant import round_fp4
+from optim.partition import is_expert
 from train import cli
-from train.checkpoint import open_tensors
+from train.checkpoint import open_tensors, read_manifest
 from train.export import TOKENIZER, model_parts, model_specs, require, run_config
 
 HELP = """\
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(path: Path, device: torch.device) -> tuple[ForCausalLM, Tokenizer, AttentionMode]:
-    """A checkpoint's model in its run's compute dtype, or an exported one in the dtype it is stored in.
+    """A checkpoint's model in its run's precision, or an exported one in the dtype it is stored in.
 
     Raises ConfigError or OSError for what is neither, is damaged or has no tokenizer.json.
     """
@@ -92,12 +94,15 @@ def load(path: Path, device: torch.device) -> tuple[ForCausalLM, Tokenizer, Atte
     folder = cli.find_checkpoint(path)
     config, tokenizer = run_config(folder), _tokenizer(folder)
     specs = model_specs(config.model, getattr(torch, config.precision.compute_dtype))
-    model = empty_model(config.model)
+    precision = config.precision.at(max(0, read_manifest(folder)["step"] - 1))
+    model = empty_model(config.model).use(precision)
     with open_tensors(folder) as tensors:
         require(tensors, specs, folder)
         for name, (dtype, shape) in specs.items():
-            parts = [part.flatten().to(device) for part in model_parts(tensors, name, (dtype, shape))]
-            model.load_state_dict({name: torch.cat(parts).view(shape)}, strict=False, assign=True)
+            four = precision.fp4_experts and is_expert(name)
+            parts = model_parts(tensors, name, (torch.float32 if four else dtype, shape))
+            whole = torch.cat([(round_fp4(part) if four else part).to(dtype).flatten() for part in parts])
+            model.load_state_dict({name: whole.view(shape).to(device)}, strict=False, assign=True)
     return model, tokenizer, config.attention_mode
 
 

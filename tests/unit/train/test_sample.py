@@ -9,6 +9,8 @@ import torch
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast
 
 from data.tokenizer import Tokenizer
+from model.fp8 import fp8_linear
+from model.quant import round_fp4
 from tests.tiny import tiny_model
 from tests.unit.train.test_export import CONFIG, TEXTS, Saved, call, config_of_run, save, tokenizer_json
 from train import export, sample
@@ -65,6 +67,19 @@ def test_a_run_in_bf16_is_sampled_in_bf16(saved, tmp_path):
     assert mode == config.train.attention_mode
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(("step", "four"), [(3, False), (4, True)])
+def test_a_run_in_fp4_is_sampled_as_it_last_computed(saved, tmp_path, step, four):
+    """The checkpoint after step 3 is of a run that goes over with its fourth."""
+    precision = PrecisionConfig("qat", "float32", fp8=True, fp4_experts=True, fp4_indexer=True, qat_start=3)
+    config = replace(config_of_run(tmp_path / "data"), precision=precision)
+    model, _, _ = sample.load(save(saved.model, tmp_path / "qat", config, step), torch.device("cpu"))
+    assert model.layers[1].self_attn.indexer.fp4 == four
+    assert model.layers[0].self_attn.q_a_proj.product is fp8_linear
+    for name, exact in tiny_model(CONFIG).named_parameters():
+        expected = round_fp4(exact) if four and ".experts." in name else exact
+        assert torch.equal(model.get_parameter(name), expected), name
 
 
 def test_the_context_is_that_of_the_model(tmp_path):

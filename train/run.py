@@ -23,6 +23,7 @@ from model.init import initialize
 from model.layout import WholeSequence
 from model.model import ForCausalLM
 from train import checkpoint, recompute
+from train.adapter import BUCKET
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.evaluate import evaluate
@@ -37,7 +38,7 @@ from train.report import Report
 from train.resume import drop_after, find_checkpoint, new_folder, run_of
 from train.sample import generate
 from train.tracking import Tracker
-from train.zero import BUCKET, ZeroEngine, zero_ranks
+from train.zero import ZeroEngine, zero_ranks
 
 LOSS_WEIGHTS = ("model.router_aux_loss_coef",)  # of the model's keys, what a resumed run may change
 

@@ -15,11 +15,8 @@ matrices are not DeepSpeed's (`train.parallel.dense`).
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,14 +30,12 @@ from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
 from optim.partition import Layout, is_expert, lay_out, whole_views
+from train.adapter import before_gathering, initialize, round_reduction
 from train.engine import Batch, Engine, compile_hot_parts
 from train.parallel.dense import DenseShards, sharded_names
-from train.parallel.expert import reduce_rounded, share_experts
+from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh, Sharing, build_mesh
 
-warnings.filterwarnings("ignore", ".torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
-
-BUCKET = 2**27  # most numbers that are reduced at once
 MOST_FILLER, ONE_HOST = 0.05, 8  # ZeRO goes over so many ranks as leave less filler, or over one host's
 SHARDED = "sharded"  # name of groups that are not DeepSpeed's
 
@@ -88,14 +83,14 @@ class ZeroEngine(Engine):
             _place(group, layout, wrapped, apart)
         exact = [group.pop("masters") for group in groups]
         self.optimizer = HybridOptimizer(groups)
-        self.deepspeed, self.zero = _initialize(wrapped, self.optimizer, stage, apart)
+        self.deepspeed, self.zero = initialize(wrapped, self.optimizer, stage, apart)
         self._take(exact, [layout.size for layout in layouts[: len(groups)]])
         self.optimizer.param_groups += own
         self.deepspeeds = len(groups)  # the first groups are DeepSpeed's
         if self.shards is not None:
             self.shards.connect(layouts[len(groups) :])
         if rounded:
-            _round_experts(self.zero, self.mesh.experts)
+            round_reduction(self.zero, self.mesh.experts)
         if compiled:
             compile_hot_parts(self.model)
         # Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
@@ -156,23 +151,9 @@ class ZeroEngine(Engine):
         if self.shards is not None:
             self.shards.weights_to_holders(self._sharded())
 
-    @contextmanager
-    def _rounding(self) -> Iterator[None]:
+    def _rounding(self) -> AbstractContextManager[None]:
         """Meanwhile owners round their experts' masters to FP4 before DeepSpeed gathers the weights."""
-        from deepspeed.runtime.zero import stage_1_and_2
-
-        gather = stage_1_and_2.all_gather_dp_groups
-
-        def round_and_gather(**options: Any) -> None:
-            self._round_experts()
-            gather(**options)
-
-        if self.precision.fp4_experts:
-            stage_1_and_2.all_gather_dp_groups = round_and_gather
-        try:
-            yield
-        finally:
-            stage_1_and_2.all_gather_dp_groups = gather
+        return before_gathering(self._round_experts) if self.precision.fp4_experts else nullcontext()
 
     @torch.no_grad()
     def _round_experts(self) -> None:
@@ -356,74 +337,3 @@ def _split(
         return group["name"] == SHARDED, (group["dtype"] == torch.float32) != wide_first
 
     return sorted(split.values(), key=place)
-
-
-class _Marker(nn.Module):
-    """By it DeepSpeed sees that groups of parameters have groups of ranks of their own."""
-
-    num_experts = 0
-
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The mesh has made the groups already."""
-
-
-def _share(wrapped: nn.Module, apart: Sequence[Sharing]) -> None:
-    """Hand groups of ranks to DeepSpeed."""
-    from deepspeed.moe.layer import MoE
-    from deepspeed.utils import groups
-
-    for sharing in apart:
-        for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
-            known[sharing.name] = sharing.group
-    if apart:
-        marker = type("Marker", (_Marker, MoE), {"__init__": nn.Module.__init__})
-        wrapped.add_module("shares", marker())
-
-
-def _round_experts(zero: Any, sharing: Sharing) -> None:
-    """Have DeepSpeed's reduction of the experts' gradients travel rounded."""
-    exact, experts = zero.allreduce_bucket, zero.expert_dp_process_group[sharing.name]
-
-    def reduce(bucket: Sequence[Tensor], *args: Any, rank: int, process_group: Any, **options: Any) -> Tensor:
-        if process_group is not experts:
-            return exact(bucket, *args, rank=rank, process_group=process_group, **options)
-        return reduce_rounded(zero.flatten(bucket), rank, experts)
-
-    zero.allreduce_bucket = reduce
-
-
-def _initialize(
-    wrapped: nn.Module, optimizer: HybridOptimizer, stage: int, apart: Sequence[Sharing]
-) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its ZeRO optimizer around ours."""
-    cuda = next(wrapped.parameters()).is_cuda
-    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for most of a minute
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    _share(wrapped, apart)
-    options = {
-        "stage": stage,
-        "overlap_comm": cuda and dist.get_world_size() > 1,
-        "contiguous_gradients": True,
-        "use_multi_rank_bucket_allreduce": False,  # else the reduce-scatter is an all-reduce
-        "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in wrapped.parameters())),
-        "compute_grad_norm": False,  # ours is by set
-    }
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it
-        "gradient_accumulation_steps": 1,  # we say which micro-batch is the last
-        "gradient_clipping": 0.0,
-        "gradient_allreduce_op": "sum",  # losses are scaled by the counts of all ranks
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": options,
-        "steps_per_print": None,
-    }
-    engine, zero, _, _ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config)
-    return engine, zero

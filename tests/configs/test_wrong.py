@@ -27,7 +27,7 @@ WRONG: dict[str, list[str]] = {
     "model=nan": ["model=nan", "laptop, nano", "model=laptop"],
     "model=null": ["model=null", "laptop, nano"],
     "experiment=foo": ["experiment=foo", "experiment=laptop"],
-    "precision=fp8": ["precision=fp8", "bf16, fp32"],
+    "precision=int8": ["precision=int8", "bf16, fp32, fp4_qat, fp8"],
     "~model": ["~model", "laptop"],
     "model@train=laptop": ["model@train", "KEY=VALUE"],
     # types

@@ -20,7 +20,8 @@ from model.kernels.gpu import TILE, jit, magnitude, power_of_two, runs_kernels, 
 from model.quant import FP4_BLOCK, FP8_BLOCK, FP8_TILE, Quantised, quantise_fp8, round_fp4
 
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels read
-FP4_GROUPS = 128  # blocks of 1 x 32 that a program rounds
+WARPS = 8  # of a program that casts a tile of 128 x 128
+FP4_GROUPS = 128  # blocks of 1 x 32 that a program of 4 warps rounds
 
 
 def cast_activation(x: Tensor) -> tuple[Quantised, Quantised]:
@@ -36,14 +37,14 @@ def cast_activation(x: Tensor) -> tuple[Quantised, Quantised]:
 def cast_weight(weight: Tensor) -> tuple[Quantised, Quantised]:
     """weight [..., O, I] -> itself and transposed [..., I, O], the same numbers in blocks of 128 x 128."""
     if runs_kernels(weight) and weight.dtype in INPUTS:
-        values, transposed, scales = torch.ops.fourfold.cast_weight(weight)
-        return Quantised(values, scales, FP8_BLOCK), Quantised(transposed, scales.mT.contiguous(), FP8_BLOCK)
+        values, scales, transposed, transposed_scales = torch.ops.fourfold.cast_weight(weight)
+        return Quantised(values, scales, FP8_BLOCK), Quantised(transposed, transposed_scales, FP8_BLOCK)
     quantised = quantise_fp8(weight, FP8_BLOCK)
     return quantised, quantised.mT
 
 
 def fp4_values(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """master fp32 [..., M, N] rounded to FP4 in blocks of 1 x 32, in `dtype`; exact in bf16 but for denormals."""
+    """master fp32 [..., M, N] rounded to FP4, blocks of 1 x 32, in `dtype`: exact in bf16 but for denormals."""
     if runs_kernels(master) and master.dtype == torch.float32:
         return torch.ops.fourfold.fp4_values(master, dtype)
     return round_fp4(master).to(dtype)
@@ -59,7 +60,7 @@ def activations(parts: tuple[Tensor, Tensor, Tensor, Tensor], rows: int) -> tupl
 
 
 def empty_activations(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values [R, I], scales [ceil(I / 128), R], and those transposed, [I, R up to 128s], [ceil(R / 128), I]."""
+    """Values [R, I], scales [ceil(I / 128), R]; transposed, [I, R filled up to 128s] and [ceil(R / 128), I]."""
     return (
         like.new_empty(rows, columns, dtype=torch.float8_e4m3fn),
         like.new_empty(tiles(columns), rows, dtype=torch.float32),
@@ -74,7 +75,7 @@ def _cast_activation(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = empty_activations(x, rows, columns)
     if rows and columns:
         grid = (tiles(columns), tiles(rows))
-        _cast_activation_kernel[grid](x.contiguous(), *parts, rows, columns, num_warps=8)
+        _cast_activation_kernel[grid](x.contiguous(), *parts, rows, columns, num_warps=WARPS)
     return parts
 
 
@@ -84,22 +85,24 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("fourfold::cast_weight", mutates_args=())
-def _cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    values, transposed, scales = parts = _empty_weights(weight)
+def _cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts = _empty_weights(weight)
     if weight.numel():
         rows, columns = weight.shape[-2:]
         grid = (tiles(columns), tiles(rows), weight.numel() // (rows * columns))
-        _cast_weight_kernel[grid](weight.contiguous(), *parts, rows, columns, num_warps=8)
-    return values, transposed, scales
+        _cast_weight_kernel[grid](weight.contiguous(), *parts, rows, columns, num_warps=WARPS)
+    return parts
 
 
 @_cast_weight.register_fake
-def _empty_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values [..., O, I], scales [..., ceil(O / 128), ceil(I / 128)], and both transposed."""
     *stack, rows, columns = weight.shape
     return (
-        weight.new_empty(weight.shape, dtype=torch.float8_e4m3fn),
-        weight.new_empty(*stack, columns, rows, dtype=torch.float8_e4m3fn),
+        weight.new_empty(*stack, rows, columns, dtype=torch.float8_e4m3fn),
         weight.new_empty(*stack, tiles(rows), tiles(columns), dtype=torch.float32),
+        weight.new_empty(*stack, columns, rows, dtype=torch.float8_e4m3fn),
+        weight.new_empty(*stack, tiles(columns), tiles(rows), dtype=torch.float32),
     )
 
 
@@ -128,9 +131,9 @@ def _cast_activation_kernel(x, values, scales, transposed, transposed_scales, R,
 
 
 @jit
-def load_tile(x, row, column, R, limit, stride):
-    """The 128 x 128 numbers of x [R, `stride`] from (row, column) on; zeros below R and from `limit` on."""
-    rows, columns = tl.arange(0, 128), tl.arange(0, 128)
+def load_tile(x, row, column, R, limit, stride, COLUMNS: tl.constexpr = 128):
+    """The 128 x COLUMNS numbers of x [R, `stride`] at (row, column); zeros below R and from `limit` on."""
+    rows, columns = tl.arange(0, 128), tl.arange(0, COLUMNS)
     inside = (row + rows < R)[:, None] & (column + columns < limit)[None, :]
     corner = x + row.to(tl.int64) * stride + column
     return tl.load(corner + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -161,7 +164,7 @@ def store_both_ways(tile, row, column, values, scales, transposed, transposed_sc
 
 
 @jit
-def _cast_weight_kernel(weight, values, transposed, scales, O, I):  # noqa: E741
+def _cast_weight_kernel(weight, values, scales, transposed, transposed_scales, O, I):  # noqa: E741
     row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
     start = tl.program_id(2).to(tl.int64) * O * I
     rows, columns = tl.arange(0, 128), tl.arange(0, 128)
@@ -174,8 +177,9 @@ def _cast_weight_kernel(weight, values, transposed, scales, O, I):  # noqa: E741
     corner = transposed + start + column.to(tl.int64) * O + row
     mask = beside[:, None] & below[None, :]
     tl.store(corner + columns[:, None] * O + rows[None, :], tl.trans(cast), mask=mask)
-    block = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(scales + block.to(tl.int64) * tl.num_programs(0) + tl.program_id(0), scale)
+    blocks = tl.program_id(2).to(tl.int64) * tl.num_programs(0) * tl.num_programs(1)
+    tl.store(scales + blocks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), scale)
+    tl.store(transposed_scales + blocks + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
 
 
 @jit

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = None
+    triton = tl = None  # type: ignore[assignment]
 
 TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
 

@@ -44,7 +44,7 @@ def cast_weight(weight: Tensor) -> tuple[Quantised, Quantised]:
 
 
 def fp4_values(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """master fp32 [..., M, N] rounded to FP4, blocks of 1 x 32, in `dtype`: exact in bf16 but for denormals."""
+    """master fp32 [..., M, N] rounded to FP4, blocks of 1 x 32, in `dtype`: bf16 holds all but denormals."""
     if runs_kernels(master) and master.dtype == torch.float32:
         return torch.ops.fourfold.fp4_values(master, dtype)
     return round_fp4(master).to(dtype)
@@ -60,7 +60,7 @@ def activations(parts: tuple[Tensor, Tensor, Tensor, Tensor], rows: int) -> tupl
 
 
 def empty_activations(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values [R, I], scales [ceil(I / 128), R]; transposed, [I, R filled up to 128s] and [ceil(R / 128), I]."""
+    """Values [R, I], scales [ceil(I / 128), R]; transposed, [I, R filled to 128s] and [ceil(R / 128), I]."""
     return (
         like.new_empty(rows, columns, dtype=torch.float8_e4m3fn),
         like.new_empty(tiles(columns), rows, dtype=torch.float32),

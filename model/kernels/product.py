@@ -75,7 +75,8 @@ def grouped_outer_product(a: Quantised, b: Quantised, offsets: Tensor, dtype: to
         return torch.ops.fourfold.grouped_outer_product(
             a.values, a.scales, b.values, b.scales, offsets, dtype
         )
-    rows = dequantise(a, dtype).mT.contiguous(), dequantise(b, dtype).mT.contiguous()  # [R, O], [R, I]
+    packed = torch.contiguous_format  # `contiguous()` would leave a single row with strides of 1
+    rows = [dequantise(x, dtype).mT.clone(memory_format=packed) for x in (a, b)]  # [R, O], [R, I]
     if dtype == torch.float64:  # torch has no grouped product in fp64
         ends = offsets.tolist()
         parts = zip(*(x.tensor_split(ends)[:-1] for x in rows))
@@ -176,7 +177,7 @@ def launch_grouped(
     dtype: torch.dtype,
     setting: Setting,
 ) -> Tensor:
-    """Tiles of rows never span groups: group e's are numbered from `start // rows + e` on, some of them empty.
+    """Tiles of rows never span groups: group e's are numbered from `start // rows + e` on, and may be empty.
 
     So no program needs to know other groups' sizes, and none is on the host.
     """

@@ -40,6 +40,9 @@ class Setting(NamedTuple):
     stages: int = 4  # tiles of operands in flight
     group: int = 8  # row tiles that share column tiles in L2
     descriptors: bool = True  # load through the tensor memory accelerator instead of by pointers
+    persistent: bool = (
+        False  # of grouped products: a program a multiprocessor, which loads its next tile early
+    )
 
 
 GROUPED, OUTER = Setting(), Setting()
@@ -177,10 +180,7 @@ def launch_grouped(
     dtype: torch.dtype,
     setting: Setting,
 ) -> Tensor:
-    """Tiles of rows never span groups: group e's are numbered from `start // rows + e` on, and may be empty.
-
-    So no program needs to know other groups' sizes, and none is on the host.
-    """
+    """Tiles of rows never span groups, and their number, which only the device knows, is at most `slots`."""
     (rows, inner), (groups, columns) = a.shape, b.shape[:2]
     out = a.new_empty(rows, columns, dtype=dtype)
     if not (rows and inner and columns):
@@ -190,7 +190,11 @@ def launch_grouped(
     if setting.descriptors:
         a, b = _descriptor(a, setting.rows), _descriptor(b, setting.columns)
     slots = rows // setting.rows + groups
-    _grouped_kernel[(slots * -(-columns // setting.columns),)](
+    programs = slots * -(-columns // setting.columns)
+    kernel = _grouped_kernel
+    if setting.persistent and not b_tiles:  # scales of both operands' rows would not fit the registers
+        kernel, programs = _persistent_kernel, min(programs, _processors(a_scales) * (8 // setting.warps))
+    kernel[(programs,)](
         a, _by_columns(a_scales), b, _by_columns(b_scales[0]) if b_tiles else b_scales.contiguous(),
         offsets, out, rows, columns, inner, groups, *strides,
         B_TILES=b_tiles, EVEN=inner % TILE == 0, E=max(1 << (groups - 1).bit_length(), 2), ROWS=setting.rows,
@@ -227,6 +231,10 @@ def launch_outer(
     return out
 
 
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def _aligned(values: Tensor) -> Tensor:
     """values [M, K], copied unless its rows begin at multiples of 16 bytes: the casts' do where K is one."""
     if values.stride(1) == 1 and values.stride(0) % ALIGNMENT == 0 and values.data_ptr() % ALIGNMENT == 0:
@@ -249,6 +257,8 @@ def _grouped_kernel(
     B_TILES: tl.constexpr, EVEN: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
+    """A program computes a tile. Group e's are numbered from `start // ROWS + e` on, which leaves room for as
+    many as it can have, whatever other groups have: some numbers are of no tile."""
     slot, block = _swizzled(tl.program_id(0), R // ROWS + groups, tl.cdiv(O, COLUMNS), GROUP)
     index = tl.arange(0, E)
     starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < groups), other=0)
@@ -258,9 +268,49 @@ def _grouped_kernel(
     row, column = start + (slot - start // ROWS - e) * ROWS, block * COLUMNS
     if row >= end:
         return
-    rows = tl.minimum(tl.arange(0, ROWS), end - 1 - row)  # what lies outside is computed twice, not masked
+    acc = _sum(
+        a, a_scales, b, b_scales, e, row, column, end, R, O, K, a_stride, b_stride,
+        B_TILES, EVEN, ROWS, COLUMNS, DESCRIPTORS,
+    )  # fmt: skip
+    _store(acc, out, row, column, end, O, ROWS, COLUMNS)
+
+
+@jit
+def _persistent_kernel(
+    a, a_scales, b, b_scales, offsets, out, R, O, K, groups, a_stride, b_stride,  # noqa: E741
+    B_TILES: tl.constexpr, EVEN: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A program computes every so-manieth tile, of those that there are. The loops over tiles and over K are
+    made one, so that the pipeline goes on from a tile to the next."""
+    index = tl.arange(0, E)
+    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < groups), other=0)
+    ends = tl.load(offsets + index, mask=index < groups, other=0)
+    sizes = tl.where(index < groups, tl.cdiv(ends - starts, ROWS), 0)
+    after, slots, blocks = tl.cumsum(sizes, 0), tl.sum(sizes, 0), tl.cdiv(O, COLUMNS)
+    for tile in tl.range(tl.program_id(0), slots * blocks, tl.num_programs(0), flatten=True):
+        slot, block = _swizzled(tile, slots, blocks, GROUP)
+        e = tl.sum((after <= slot).to(tl.int32), 0)
+        start = tl.sum(tl.where(index == e, starts, 0), 0)
+        end = tl.sum(tl.where(index == e, ends, 0), 0)
+        before = tl.sum(tl.where(index == e, after - sizes, 0), 0)
+        row, column = start + (slot - before) * ROWS, block * COLUMNS
+        acc = _sum(
+            a, a_scales, b, b_scales, e, row, column, end, R, O, K, a_stride, b_stride,
+            B_TILES, EVEN, ROWS, COLUMNS, DESCRIPTORS,
+        )  # fmt: skip
+        _store(acc, out, row, column, end, O, ROWS, COLUMNS)
+
+
+@jit
+def _sum(
+    a, a_scales, b, b_scales, e, row, column, end, R, O, K, a_stride, b_stride,  # noqa: E741
+    B_TILES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row, column) of group e's product. Rows outside are computed twice, not masked."""
+    rows = tl.minimum(tl.arange(0, ROWS), end - 1 - row)
     columns = tl.minimum(tl.arange(0, COLUMNS), O - 1 - column)
-    b_row = e * O + column
     if B_TILES:
         b_scale, b_step = b_scales + column + columns, O
     else:
@@ -270,12 +320,12 @@ def _grouped_kernel(
         s = tl.load(a_scales + row + rows + tl.cast(k, tl.int64) * R)
         t = tl.load(b_scale + tl.cast(k, tl.int64) * b_step)
         x = _tile(a, row, rows, k * 128, K, a_stride, EVEN, DESCRIPTORS)
-        y = _tile(b, b_row, columns, k * 128, K, b_stride, EVEN, DESCRIPTORS)
+        y = _tile(b, e * O + column, columns, k * 128, K, b_stride, EVEN, DESCRIPTORS)
         if B_TILES:
             acc += tl.dot(x, tl.trans(y)) * s[:, None] * t[None, :]
         else:
             acc += tl.dot(x, tl.trans(y)) * (s * t)[:, None]
-    _store(acc, out, row, column, end, O, ROWS, COLUMNS)
+    return acc
 
 
 @jit

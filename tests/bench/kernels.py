@@ -43,6 +43,8 @@ SETTINGS = [
     Setting(128, 128, 8, 4, 4), Setting(128, 128, 8, 4, 32), Setting(128, 128, 8, 5, 8),
     Setting(64, 128, 4, 4, 8), Setting(64, 128, 4, 3, 16), Setting(128, 64, 4, 3, 8),
     Setting(128, 128, 8, 4, 8, descriptors=False), Setting(128, 128, 8, 3, 8, descriptors=False),
+    Setting(128, 128, 8, 4, 8, persistent=True), Setting(128, 128, 8, 3, 8, persistent=True),
+    Setting(128, 128, 8, 4, 16, persistent=True), Setting(64, 128, 4, 3, 8, persistent=True),
 ]  # fmt: skip
 Row = dict[str, Any]
 
@@ -319,7 +321,8 @@ def tune() -> Iterator[Row]:
         attribute = "OUTER" if name == "weight gradient" else "GROUPED"
         if name == "input gradient":
             continue  # the same kernel on the same shape as forward
-        yield from _compared(name, products, attribute, SETTINGS, call)
+        settings = [x for x in SETTINGS if attribute == "GROUPED" or not x.persistent]
+        yield from _compared(name, products, attribute, settings, call)
     attributes = {
         "activation": (cast, "WARPS"), "weight": (cast, "WARPS"), "swiglu": (swiglu, "WARPS"),
         "swiglu backward": (swiglu, "BACKWARD_WARPS"),

@@ -88,8 +88,13 @@ def test_grouped_kernels(counts: list[int], inner: int, outputs: int, dtype: tor
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "setting", [Setting(64, 128, 4, 3), Setting(128, 64, 4, 3, group=4), Setting(stages=3, group=16)], ids=str
-)
+    "setting",
+    [
+        Setting(64, 128, 4, 3), Setting(128, 64, 4, 3, group=4), Setting(stages=3, group=16),
+        Setting(persistent=True), Setting(64, 128, 4, 3, persistent=True),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_settings(setting: Setting, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GROUPED", "OUTER"):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.gpu import TILE, jit, runs_kernels, tl
+from model.kernels.gpu import TILE, jit, runs_kernels, tiles, tl
 from model.linear import grouped_linear
 from model.quant import FP8_BLOCK, FP8_TILE, Quantised, dequantise
 
@@ -213,18 +213,25 @@ def launch_outer(
     dtype: torch.dtype,
     setting: Setting,
 ) -> Tensor:
-    """A program sums up one tile of one group's output."""
+    """A program sums up one tile of one group's output, over tiles of 128 rows.
+
+    `edges` has those tiles of a that are not the group's alone, with zeros for others' rows. b needs none:
+    its numbers times zero are zero, and NaN is of whole tiles, so of the group's own rows too.
+    """
     (rows, length), columns, groups = a.shape, len(b), len(offsets)
     out = a.new_empty(groups, rows, columns, dtype=dtype)
     if not (length and rows and columns):
         return out.zero_()
     a, b = _aligned(a), _aligned(b)
+    edges = a.new_empty(2 * groups, rows, TILE)
+    _edges_kernel[(2 * groups, tiles(rows))](a, offsets, edges, rows, a.stride(0), num_warps=4)
     strides = a.stride(0), b.stride(0)
     if setting.descriptors:
-        a, b = _descriptor(a, setting.rows), _descriptor(b, setting.columns)
+        b = _descriptor(b, setting.columns)
     count = -(-rows // setting.rows) * -(-columns // setting.columns)
     _outer_kernel[(count, groups)](
-        a, _by_columns(a_scales), b, _by_columns(b_scales), offsets, out, length, rows, columns, *strides,
+        a, edges, _by_columns(a_scales), b, _by_columns(b_scales), offsets, out,
+        length, rows, columns, *strides,
         ROWS=setting.rows, COLUMNS=setting.columns, GROUP=setting.group, DESCRIPTORS=setting.descriptors,
         num_warps=setting.warps, num_stages=setting.stages,
     )  # fmt: skip
@@ -330,36 +337,55 @@ def _sum(
 
 @jit
 def _outer_kernel(
-    a, a_scales, b, b_scales, offsets, out, R, O, I, a_stride, b_stride,  # noqa: E741
+    a, edges, a_scales, b, b_scales, offsets, out, R, O, I, a_stride, b_stride,  # noqa: E741
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(1)
     row, column = _swizzled(tl.program_id(0), tl.cdiv(O, ROWS), tl.cdiv(I, COLUMNS), GROUP)
     row, column = row * ROWS, column * COLUMNS
-    start = tl.load(offsets + e - 1, mask=e > 0, other=0)
-    end = tl.load(offsets + e)
+    start, end, first, last = _rows_of(offsets, e)
     rows = tl.minimum(tl.arange(0, ROWS), O - 1 - row)
     columns = tl.minimum(tl.arange(0, COLUMNS), I - 1 - column)
-    a_scale, b_scale = a_scales + row + rows, b_scales + column + columns
-    first, last = tl.cdiv(start, 128), end // 128
+    ks = tl.arange(0, 128)
+    edge = edges + 2 * e.to(tl.int64) * O * 128
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for c in range(first, last):  # tiles of which all rows are the group's
-        s = tl.load(a_scale + tl.cast(c, tl.int64) * O)
-        t = tl.load(b_scale + tl.cast(c, tl.int64) * I)
-        x = _tile(a, row, rows, c * 128, R, a_stride, True, DESCRIPTORS)
-        y = _tile(b, column, columns, c * 128, R, b_stride, True, DESCRIPTORS)
+    for c in range(first, last):
+        s = tl.load(a_scales + row + rows + tl.cast(c, tl.int64) * O)
+        t = tl.load(b_scales + column + columns + tl.cast(c, tl.int64) * I)
+        shared = (c * 128 < start) | (c * 128 + 128 > end)
+        stride = tl.where(shared, 128, a_stride)
+        source = tl.where(shared, edge + tl.where(c == first, 0, O * 128), a + c * 128)
+        source += row.to(tl.int64) * stride
+        x = tl.load(source + rows[:, None] * stride + ks[None, :])
+        y = _tile(b, column, columns, c * 128, R, b_stride, False, DESCRIPTORS)
         acc += tl.dot(x, tl.trans(y)) * s[:, None] * t[None, :]
-    for edge in tl.static_range(2):  # the tiles that the group begins and ends in
-        c = last if edge else start // 128
-        cut = (end % 128 != 0) & (last >= first) if edge else (start % 128 != 0) & (start < end)
-        if cut:
-            s = tl.load(a_scale + tl.cast(c, tl.int64) * O)
-            t = tl.load(b_scale + tl.cast(c, tl.int64) * I)
-            x = _tile(a, row, rows, c * 128, R, a_stride, False, DESCRIPTORS)
-            y = _tile(b, column, columns, c * 128, R, b_stride, False, DESCRIPTORS)
-            x, y = _only(x, c * 128, start, end), _only(y, c * 128, start, end)
-            acc += tl.dot(x, tl.trans(y)) * s[:, None] * t[None, :]
     _store(acc, out + e.to(tl.int64) * O * I, row, column, O, I, ROWS, COLUMNS)
+
+
+@jit
+def _edges_kernel(a, offsets, edges, O, stride):  # noqa: E741
+    """edges [2E, O, 128]: the tiles of rows that group e begins and ends in, zero where rows are others'."""
+    edge, row = tl.program_id(0), tl.program_id(1) * 128
+    start, end, first, last = _rows_of(offsets, edge // 2)
+    if start == end:
+        return
+    k = tl.where(edge % 2 == 0, first, last - 1) * 128
+    rows, ks = row + tl.arange(0, 128), tl.arange(0, 128)
+    mask = (rows < O)[:, None] & (k + ks < stride)[None, :]
+    tile = tl.load(a + rows[:, None].to(tl.int64) * stride + k + ks[None, :], mask=mask, other=0.0)
+    inside = (k + ks >= start) & (k + ks < end)
+    bits = tl.where(inside[None, :], tile.to(tl.uint8, bitcast=True), 0).to(tl.uint8)
+    place = edges + (edge.to(tl.int64) * O + rows[:, None]) * 128 + ks[None, :]
+    tl.store(place, bits.to(tl.float8e4nv, bitcast=True), mask=(rows < O)[:, None])
+
+
+@jit
+def _rows_of(offsets, e):
+    """The first row of group e and the row after its last; likewise of the tiles of 128 with its rows."""
+    start = tl.load(offsets + e - 1, mask=e > 0, other=0)
+    end = tl.load(offsets + e)
+    first = start // 128
+    return start, end, first, tl.where(start < end, tl.cdiv(end, 128), first)
 
 
 @jit
@@ -384,15 +410,6 @@ def _tile(x, row, rows, k, K, stride, EVEN: tl.constexpr, DESCRIPTORS: tl.conste
         else:
             tile = tl.load(place, mask=(k + ks < K)[None, :], other=0.0)
     return tile
-
-
-@jit
-def _only(tile, k, start, end):
-    """The FP8 tile [M, 128] whose columns begin at k, zero outside of start to end, whatever was there."""
-    ks = k + tl.arange(0, 128)
-    inside = (ks >= start) & (ks < end)
-    bits = tl.where(inside[None, :], tile.to(tl.uint8, bitcast=True), 0)
-    return bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @jit

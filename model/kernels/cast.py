@@ -123,7 +123,7 @@ def _empty_fp4(master: Tensor, dtype: torch.dtype) -> Tensor:
     return master.new_empty(master.shape, dtype=dtype)
 
 
-@jit
+@jit(varying=("R",))
 def _cast_activation_kernel(x, values, scales, transposed, transposed_scales, R, I):  # noqa: E741
     row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
     tile = load_tile(x, row, column, R, I, I)
@@ -182,7 +182,7 @@ def _cast_weight_kernel(weight, values, scales, transposed, transposed_scales, O
     tl.store(transposed_scales + blocks + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
 
 
-@jit
+@jit(varying=("groups",))
 def _fp4_kernel(master, out, groups, per_row, N, GROUPS: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     row, column = group // per_row, group % per_row * 32

@@ -7,6 +7,7 @@ functions compute what their torch references say.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ except ImportError:
 TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function itself where there is no Triton to run it."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Callable[..., Any] | None = None, varying: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, or the function itself where there is no Triton to run it.
+
+    The numbers called `varying` differ from step to step: a kernel is not compiled anew for some of them.
+    """
+    if kernel is None:
+        return partial(jit, varying=varying)
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=varying)
 
 
 def runs_kernels(x: Tensor) -> bool:

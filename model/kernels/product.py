@@ -9,7 +9,7 @@ where its demands hold, which for what the casts return are
     tiles of 1 x 128 for a; for b either those, or blocks of 128 x 128 of a matrix of 128s of rows
     128s of what is summed over, 16s of rows and of columns, an output in bf16 or fp16
 
-and otherwise, like every grouped product, the kernel below. Elsewhere than on Hopper and newer the same
+and otherwise, like every grouped product, that of a kernel below. Elsewhere than on Hopper and newer the same
 numbers are multiplied in the output's dtype, in which FP8 numbers are exact.
 
 Legend: R rows sorted by group, E groups (experts), K what is summed over, O and I output features.
@@ -40,9 +40,7 @@ class Setting(NamedTuple):
     stages: int = 4  # tiles of operands in flight
     group: int = 8  # row tiles that share column tiles in L2
     descriptors: bool = True  # load through the tensor memory accelerator instead of by pointers
-    persistent: bool = (
-        False  # of grouped products: a program a multiprocessor, which loads its next tile early
-    )
+    persistent: bool = False  # grouped products only: programs compute tiles in turn, loading the next early
 
 
 GROUPED, OUTER = Setting(), Setting()
@@ -197,7 +195,7 @@ def launch_grouped(
     kernel[(programs,)](
         a, _by_columns(a_scales), b, _by_columns(b_scales[0]) if b_tiles else b_scales.contiguous(),
         offsets, out, rows, columns, inner, groups, *strides,
-        B_TILES=b_tiles, EVEN=inner % TILE == 0, E=max(1 << (groups - 1).bit_length(), 2), ROWS=setting.rows,
+        B_TILES=b_tiles, EVEN=inner % TILE == 0, E=max(1 << (groups - 1).bit_length(), 32), ROWS=setting.rows,
         COLUMNS=setting.columns, GROUP=setting.group, DESCRIPTORS=setting.descriptors,
         num_warps=setting.warps, num_stages=setting.stages,
     )  # fmt: skip
@@ -258,7 +256,7 @@ def _descriptor(values: Tensor, rows: int):
     return TensorDescriptor(values, list(values.shape), list(values.stride()), [rows, TILE])
 
 
-@jit
+@jit(varying=("R", "groups"))
 def _grouped_kernel(
     a, a_scales, b, b_scales, offsets, out, R, O, K, groups, a_stride, b_stride,  # noqa: E741
     B_TILES: tl.constexpr, EVEN: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -282,7 +280,7 @@ def _grouped_kernel(
     _store(acc, out, row, column, end, O, ROWS, COLUMNS)
 
 
-@jit
+@jit(varying=("R", "groups"))
 def _persistent_kernel(
     a, a_scales, b, b_scales, offsets, out, R, O, K, groups, a_stride, b_stride,  # noqa: E741
     B_TILES: tl.constexpr, EVEN: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -335,7 +333,7 @@ def _sum(
     return acc
 
 
-@jit
+@jit(varying=("R",))
 def _outer_kernel(
     a, edges, a_scales, b, b_scales, offsets, out, R, O, I, a_stride, b_stride,  # noqa: E741
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -357,7 +355,7 @@ def _outer_kernel(
         source = tl.where(shared, edge + tl.where(c == first, 0, O * 128), a + c * 128)
         source += row.to(tl.int64) * stride
         x = tl.load(source + rows[:, None] * stride + ks[None, :])
-        y = _tile(b, column, columns, c * 128, R, b_stride, False, DESCRIPTORS)
+        y = _tile(b, column, columns, c * 128, tl.cdiv(R, 16) * 16, b_stride, False, DESCRIPTORS)
         acc += tl.dot(x, tl.trans(y)) * s[:, None] * t[None, :]
     _store(acc, out + e.to(tl.int64) * O * I, row, column, O, I, ROWS, COLUMNS)
 

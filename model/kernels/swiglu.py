@@ -108,7 +108,7 @@ def _empty_backward(
     return *empty_activations(gate_up, *gate_up.shape), sums
 
 
-@jit
+@jit(varying=("R",))
 def _swiglu_kernel(gate_up, weights, values, scales, transposed, transposed_scales, R, width, limit):
     row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
     gate = load_tile(gate_up, row, column, R, width, 2 * width)
@@ -119,7 +119,7 @@ def _swiglu_kernel(gate_up, weights, values, scales, transposed, transposed_scal
     store_both_ways(hidden, row, column, values, scales, transposed, transposed_scales, R, width)
 
 
-@jit
+@jit(varying=("R",))
 def _swiglu_backward_kernel(
     grad, gate_up, weights, values, scales, transposed, transposed_scales, sums, R, width, limit
 ):

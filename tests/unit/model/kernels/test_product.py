@@ -17,7 +17,7 @@ COUNTS = [
     [0], [1], [127, 0, 1, 2], [0, 129, 130, 0], [0, 0, 1000, 0], [100, 28, 0, 200, 5, 0], [128, 128, 256],
     [64, 64, 64, 1, 383, 424],
 ]  # fmt: skip
-SHAPES = [(64, 64), (128, 192), (192, 128), (512, 64), (512, 512), (72, 1000)]
+SHAPES = [(64, 64), (128, 192), (512, 128), (192, 512), (72, 1000)]
 # Tensor cores add up a tile of 128 in about 14 bits, so fp32 outputs are that close, not as fp32 sums are;
 # bf16 outputs are rounded once, by at most 2^-9.
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 3e-3, torch.float64: 1e-12}

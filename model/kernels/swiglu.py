@@ -123,8 +123,7 @@ def _swiglu_kernel(gate_up, weights, values, scales, transposed, transposed_scal
 def _swiglu_backward_kernel(
     grad, gate_up, weights, values, scales, transposed, transposed_scales, sums, R, width, limit
 ):
-    """A program casts a tile of the gates' or of the ups' gradient, and computes it in halves: else registers
-    do not suffice."""
+    """A program casts a tile of the gates' or the ups' gradient, computed in halves: else registers spill."""
     block, of_ups = tl.program_id(0) // 2, tl.program_id(0) % 2  # neighbours read the same, once from L2
     row, column = tl.program_id(1) * 128, block * 128
     left, left_sum = _gradient(grad, gate_up, weights, row, column, R, width, limit, of_ups)
@@ -141,14 +140,14 @@ def _swiglu_backward_kernel(
 def _gradient(grad, gate_up, weights, row, column, R, width, limit, of_ups):
     """128 x 64 numbers of dg or of du in gate_up's dtype, and their part of dw [128]."""
     gate = load_tile(gate_up, row, column, R, width, 2 * width, 64)
-    up = load_tile(gate_up + width, row, column, R, width, 2 * width, 64)
+    up = load_tile(gate_up + width, row, column, R, width, 2 * width, 64).to(tl.float32)
     dh = load_tile(grad, row, column, R, width, width, 64).to(tl.float32)
     x, clipped = _below(gate, limit), _within(up, limit)
     sigmoid = _sigmoid(x)
     part = tl.sum(dh * (x * sigmoid * clipped), 1)
     dh *= _weights(weights, row, R)[:, None]
     gradient = dh * (sigmoid * tl.where(of_ups == 1, x, clipped * (1.0 + x * (1.0 - sigmoid))))
-    inside = tl.where(of_ups == 1, (up >= -limit) & (up <= limit), gate <= limit)
+    inside = tl.where(of_ups == 1, (up >= -limit) & (up <= limit), gate.to(tl.float32) <= limit)
     return tl.where(inside, gradient, 0.0).to(gate.dtype), part
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from configs.errors import ConfigError
 from model.hyper_connection import HyperConnection
+from model.kernels.cast import fp4_values
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from model.precision import Precision
-from model.quant import round_fp4
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
@@ -232,7 +232,8 @@ class TorchEngine(Engine):
     def _copy_masters(self) -> None:
         for name, parameter in self.narrow.items():
             master = self.masters[name]
-            parameter.copy_(round_fp4(master) if self.precision.fp4_experts and is_expert(name) else master)
+            four = self.precision.fp4_experts and is_expert(name)
+            parameter.copy_(fp4_values(master, parameter.dtype) if four else master)
 
     @staticmethod
     def _accumulate_into(master: nn.Parameter) -> Any:

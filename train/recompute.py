@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+import model.kernels.product  # noqa: F401  registers fourfold::grouped_product
 from model.model import ForCausalLM
 
 # What "selective" keeps: outputs whose arithmetic or traffic costs more than their bytes. Every product with
-# a weight arrives here as one of the first five (`F.linear` folds leading axes, whatever the strides), but
+# a weight arrives here as one of the first seven (`F.linear` folds leading axes, whatever the strides), but
 # for the grouped output of attention: an einsum, so a `bmm`. All `bmm` and `baddbmm` are computed again, as
 # most of them are mHC's, as large as all streams, or attention's logits.
 KEPT = (
@@ -24,7 +25,9 @@ KEPT = (
     torch.ops.aten.addmm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_mm_v2.default,
     torch.ops.aten._scaled_grouped_mm.default,
+    torch.ops.fourfold.grouped_product.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.wait_tensor.default,
 )

@@ -13,8 +13,8 @@ from configs.errors import ConfigError
 from data.tokenizer import Tokenizer
 from model.attention import AttentionMode
 from model.hf import empty_model, load_pretrained
+from model.kernels.cast import fp4_values
 from model.model import ForCausalLM
-from model.quant import round_fp4
 from optim.partition import is_expert
 from train import cli
 from train.checkpoint import open_tensors, read_manifest
@@ -101,7 +101,7 @@ def load(path: Path, device: torch.device) -> tuple[ForCausalLM, Tokenizer, Atte
         for name, (dtype, shape) in specs.items():
             four = precision.fp4_experts and is_expert(name)
             parts = model_parts(tensors, name, (torch.float32 if four else dtype, shape))
-            whole = torch.cat([(round_fp4(part) if four else part).to(dtype).flatten() for part in parts])
+            whole = torch.cat([(fp4_values(part, dtype) if four else part).flatten() for part in parts])
             model.load_state_dict({name: whole.view(shape).to(device)}, strict=False, assign=True)
     return model, tokenizer, config.attention_mode
 

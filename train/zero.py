@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.init import fill, fill_buffers
+from model.kernels.cast import fp4_values
 from model.model import ForCausalLM, ModelOutput, stays_fp32
-from model.quant import round_fp4
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
@@ -161,7 +161,7 @@ class ZeroEngine(Engine):
             weights = self.zero.parallel_partitioned_bit16_groups[number][group["sharing"].rank]
             for view in group["views"]:
                 if is_expert(view.piece.name):
-                    view.of([weights]).copy_(round_fp4(view.of(group["params"])))
+                    view.of([weights]).copy_(fp4_values(view.of(group["params"]), weights.dtype))
 
     def _sharded(self) -> list[Tensor]:
         """Flat partitions of the masters that are not DeepSpeed's."""

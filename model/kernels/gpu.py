@@ -1,0 +1,63 @@
+"""What the Triton kernels share: Triton where it is installed, which GPUs run them, scales of powers of two.
+
+Triton comes with CUDA builds of torch. Elsewhere these modules import just the same, and the public
+functions compute what their torch references say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None  # type: ignore[assignment]
+
+TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
+
+
+def jit(kernel: Callable[..., Any] | None = None, varying: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, or the function itself where there is no Triton to run it.
+
+    The numbers called `varying` differ from step to step: a kernel is not compiled anew for some of them.
+    """
+    if kernel is None:
+        return partial(jit, varying=varying)
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=varying)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether x is on a GPU whose tensor cores multiply FP8 as these kernels do: Hopper or newer."""
+    return x.is_cuda and triton is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def tiles(size: int) -> int:
+    """How many tiles cover an axis."""
+    return -(-size // TILE)
+
+
+@jit
+def magnitude(x):
+    """Bits of |x| in fp32: as integers they are in the order of the numbers, infinity and then NaN on top."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def power_of_two(amax, largest: tl.constexpr):
+    """`magnitude` of a block's amax, and of the format's largest number -> scale and its inverse, fp32.
+
+    The integers of `model.quant._scales`. Exponents are from -126 to 120, so both are normal numbers, and
+    x times the inverse rounds as x over the scale does. Neither may flush denormals: x of 2^-127 over 2^-126
+    is a half. Triton's multiplications do not.
+    """
+    exponent = tl.maximum((amax - largest + 0x7FFFFF) >> 23, -126)
+    finite = amax < 0x7F800000
+    scale = tl.where(finite, (127 + exponent) << 23, 0x7FC00000)
+    inverse = tl.where(finite, (127 - exponent) << 23, 0x7FC00000)
+    return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)

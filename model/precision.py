@@ -29,6 +29,13 @@ class Precision:
     fp8_kv: bool = False
 
 
+NAMED = {
+    "bf16": Precision(),
+    "fp8": Precision(fp8=True),
+    "fp4_qat": Precision(fp8=True, fp4_experts=True, fp4_indexer=True, fp8_kv=True),
+}
+
+
 def products(precision: Precision, compute: str) -> Iterator[tuple[str, str, str, str]]:
     """Rows of a table: which products; operands forward; of the input's gradient; of the weight's gradient.
 

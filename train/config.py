@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
@@ -11,7 +11,7 @@ from typing import Literal, cast
 from configs.errors import ConfigError
 from data.config import DataConfig
 from model.config import ModelConfig
-from model.precision import Precision
+from model.precision import NAMED, Precision
 from optim.config import OptimConfig
 from optim.schedule import decay_start
 from train.phases import Phase, PhaseConfig, Timeline
@@ -314,9 +314,27 @@ class RunConfig:
         )
 
     def during(self, phase: Phase) -> RunConfig:
-        """This configuration with a phase's values under `train`."""
+        """This configuration with a phase's values in their places."""
         own = {key: getattr(phase, key) for key in ("seq_len", "batch_tokens", "micro_batch")}
-        return replace(self, train=replace(self.train, **own), phases={})
+        changes = dict(phase.changes)
+        optim = {"lr": changes.pop("lr")} if "lr" in changes else {}
+        precision = asdict(NAMED[changes.pop("precision")]) if "precision" in changes else {}
+        return replace(
+            self,
+            train=replace(self.train, **own, **changes),
+            optim=replace(self.optim, **optim),
+            precision=replace(self.precision, **precision),
+            phases={},
+        )
+
+    def at(self, step: int) -> RunConfig:
+        """This configuration with the values of the step's phase."""
+        return self.during(self.timeline.at(step))
+
+    @cached_property
+    def fp4_experts(self) -> bool:
+        """Whether experts compute in FP4 in some phase."""
+        return any(self.during(phase).precision.fp4_experts for phase in self.timeline)
 
     def _check_weights(self, phase: Phase) -> None:
         if unknown := set(phase.weights) - set(self.data.chosen() if phase.weights else ()):
@@ -359,7 +377,9 @@ class RunConfig:
 
     def _check_rotation(self) -> None:
         channels = self.model.index_head_dim
-        possible = not self.precision.fp4_indexer or channels & (channels - 1) == 0
+        names = [phase.changes.get("precision", self.precision.name) for phase in self.timeline]
+        rounded = self.precision.fp4_indexer or "fp4_qat" in names
+        possible = not rounded or channels & (channels - 1) == 0
         rule = "a power of two with precision.fp4_indexer=true"
         _require(possible, "model.index_head_dim", channels, rule)
 

@@ -121,7 +121,7 @@ def train(config: RunConfig) -> float:
 def advance(run: Run) -> None:
     """One step with everything around it: data, log, validation, checkpoint."""
     train, timeline = run.config.train, run.config.timeline
-    config = run.config.during(timeline.at(run.step))
+    config = run.config.at(run.step)
     if run.engine.use(precision := config.precision.at(run.step)):
         run.report.precision(run.step, precision)
     timer = Timer(run.ranks.device)

@@ -148,7 +148,7 @@ def _torch_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str
     every = sum(p.numel() for p in model.parameters())
     narrow = sum(p.numel() for name, p in model.named_parameters() if not stays_fp32(name))
     experts = sum(p.numel() for name, p in model.named_parameters() if is_expert(name))
-    apart = narrow if dtype.itemsize < 4 else experts * config.precision.fp4_experts
+    apart = narrow if dtype.itemsize < 4 else experts * config.fp4_experts
     groups = build_groups(model.named_parameters(), model.config, config.optim)
     trained = [group for group in groups if group["set"] == "model"]  # the indexer is switched off
     sizes = [sum(p.numel() for p in group["params"]) for group in trained]

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     others: list[str] = []
     options = cli.read(Options, argv, others)
     config = compose(others)
-    config = config.during(config.timeline.phases[-1])
+    config = config.at(config.train.steps)
     config.check_ranks(options.ranks)
     mesh = mesh_of(config, options.ranks)
     buckets = bucket_bytes(config, Ranks(0, options.ranks, torch.device("cuda")))

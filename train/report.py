@@ -24,6 +24,7 @@ from train.config import RunConfig, TrainConfig
 from train.engine import Engine
 from train.memory import Memory
 from train.memory import table as memory_table
+from train.phases import CHANGES
 
 
 class Report:
@@ -160,14 +161,17 @@ class Report:
 
 
 def phase_table(config: RunConfig) -> Table:
-    """The timeline of a run."""
-    table = Table(
-        "phase", "steps", "sequence", "batch", "micro-batch", "tokens", title="phases", title_justify="left"
-    )
+    """The timeline of a run; of what phases change, the columns that some do."""
+    columns = [key for key in CHANGES if any(key in phase.changes for phase in config.timeline)]
+    names = ["phase", "steps", "sequence", "batch", "micro-batch", "tokens", *columns]
+    table = Table(*names, title="phases", title_justify="left")
     timeline = config.timeline
     for phase in timeline:
         ramp = f"{phase.ramp_from:,} to " if phase.ramp_from != phase.batch_tokens else ""
         tokens = timeline.tokens(phase.stop) - timeline.tokens(phase.first)
         steps, batch = f"{phase.first + 1} to {phase.stop}", f"{ramp}{phase.batch_tokens:,}"
-        table.add_row(phase.name, steps, f"{phase.seq_len:,}", batch, str(phase.micro_batch), f"{tokens:,}")
+        changes = [str(phase.changes.get(key, "")) for key in columns]
+        table.add_row(
+            phase.name, steps, f"{phase.seq_len:,}", batch, str(phase.micro_batch), f"{tokens:,}", *changes
+        )
     return table

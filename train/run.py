@@ -69,14 +69,15 @@ class Run:
             self.tracker.log(self.step, logged | timing)
 
     def validate(self) -> None:
-        phase = self.config.timeline.at(max(0, self.step - 1))
+        step = max(0, self.step - 1)
+        phase = self.config.timeline.at(step)
         sequences = max(1, self.config.train.eval_tokens // phase.seq_len)
         batches = self.data.valid.one_pass(phase.micro_batch * self.mesh.data_world, phase.seq_len, sequences)
         found = evaluate(
             self.engine,
             self.ranks.watch.each(batches),
             self.ranks.device,
-            self.config.attention_mode,
+            self.config.at(step).attention_mode,
             self.ranks.sum,
             look=self.ranks.first,
         )
@@ -169,7 +170,7 @@ class Run:
                 train.sample_tokens,
                 context=train.seq_len,
                 seed=train.seed,
-                mode=self.config.attention_mode,
+                mode=self.config.at(self.step).attention_mode,
                 agree=self.ranks.share,
             )
         finally:
@@ -212,7 +213,7 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
         manifest, state = ranks.together(lambda: _restore(resumed, config, engine, data))
         engine.state_was_loaded(state)
     step = manifest.get("step", 0)
-    engine.use(config.precision.at(step))
+    engine.use(config.at(step).precision.at(step))
     ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
     train = config.train
     saver = checkpoint.Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
@@ -251,7 +252,7 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
     model.context = context_of(mesh)
     if parallel.engine == "torch":
         model = initialize(model, train.seed)
-        return TorchEngine(model, config.optim, dtype, train.compile, config.precision.fp4_experts)
+        return TorchEngine(model, config.optim, dtype, train.compile, config.fp4_experts)
     return ZeroEngine(
         model,
         config.optim,

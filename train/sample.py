@@ -94,7 +94,8 @@ def load(path: Path, device: torch.device) -> tuple[ForCausalLM, Tokenizer, Atte
     folder = cli.find_checkpoint(path)
     config, tokenizer = run_config(folder), _tokenizer(folder)
     specs = model_specs(config.model, getattr(torch, config.precision.compute_dtype))
-    precision = config.precision.at(max(0, read_manifest(folder)["step"] - 1))
+    last = max(0, read_manifest(folder)["step"] - 1)
+    precision = config.at(last).precision.at(last)
     model = empty_model(config.model).use(precision)
     with open_tensors(folder) as tensors:
         require(tensors, specs, folder)
@@ -103,7 +104,7 @@ def load(path: Path, device: torch.device) -> tuple[ForCausalLM, Tokenizer, Atte
             parts = model_parts(tensors, name, (torch.float32 if four else dtype, shape))
             whole = torch.cat([(fp4_values(part, dtype) if four else part).flatten() for part in parts])
             model.load_state_dict({name: whole.view(shape).to(device)}, strict=False, assign=True)
-    return model, tokenizer, config.attention_mode
+    return model, tokenizer, config.at(last).attention_mode
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

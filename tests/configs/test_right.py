@@ -16,7 +16,9 @@ from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 V4_VOCABULARY = ["model.vocab_size=129280"]
-NEEDS = {"phases=v4_lengths": ["experiment=nano"]}  # options that need another key to be possible
+NEEDS = {
+    f"phases=v4_{name}": ["experiment=nano"] for name in ("lengths", "scaled")
+}  # options that need another key to be possible
 NEEDS |= {
     f"data={path.stem}": V4_VOCABULARY
     for path in (CONFIG_DIR / "data").glob("*.yaml")

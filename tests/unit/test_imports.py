@@ -46,7 +46,7 @@ RULES: dict[str, set[str]] = {
         "train.phases",
         "configs.errors",
     },
-    "train/phases.py": {"configs.errors"},
+    "train/phases.py": {"model.precision", "configs.errors"},
     "launch/": {"packaging", "rich", "launch", "configs", "train.config", "model.config", "model.flops"},
     "launch/corpus.py": {"pyarrow", "rich", "launch.corpus_text"},
     "launch/install_torch.py": set(),  # runs before anything is installed

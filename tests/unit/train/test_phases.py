@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 
+from configs.compose import compose
 from configs.errors import ConfigError
+from model.precision import NAMED
 from train.phases import PhaseConfig, Timeline
 
 RUN = {"steps": 100, "seq_len": 512, "batch_tokens": 8192, "micro_batch": 4}
@@ -54,10 +56,56 @@ def test_a_ramp_grows_in_whole_micro_batches_to_its_end() -> None:
     assert (up.ramp_from, then.ramp_from) == (100, 8192)
 
 
+def test_shares_and_multiples_are_of_the_run() -> None:
+    dense = PhaseConfig(share=0.254, attention_mode="dense", ramp_share=0.5)
+    timeline = Timeline(
+        {"a": dense, "b": PhaseConfig(share=0.001, seq_len_times=4), "c": PhaseConfig()}, **RUN
+    )
+    a, b, c = timeline
+    assert [(p.first, p.stop) for p in timeline] == [(0, 25), (25, 26), (26, 100)]
+    assert (a.ramp_from, b.ramp_from) == (4096, 8192) and (b.seq_len, b.micro_batch) == (2048, 1)
+    assert (a.changes, b.changes, c.changes) == ({"attention_mode": "dense"}, {}, {})
+
+
+def test_a_phase_changes_other_parts_of_the_configuration() -> None:
+    """Each of its keys has its place; what it does not say, and the run beside it, stays."""
+    changes = {
+        "steps": 50,
+        "attention_mode": "dense",
+        "lr": 0.5,
+        "mtp_loss_weight": 0.25,
+        "precision": "fp4_qat",
+    }
+    phases = [f"phases.a.{key}={value}" for key, value in changes.items()]
+    phases += ["phases.b.seq_len=512", "train.steps=100"]
+    config = compose([*phases, "optim.warmup_steps=3"])
+    first, second = config.at(49), config.at(50)
+    assert (first.train.attention_mode, second.train.attention_mode) == ("dense", "sparse")
+    assert (first.optim.lr, second.optim.lr) == (0.5, config.optim.lr)
+    assert (first.train.mtp_loss_weight, second.train.mtp_loss_weight) == (0.25, config.train.mtp_loss_weight)
+    assert first.precision.at(0) == NAMED["fp4_qat"] and second.precision.at(99) == NAMED["bf16"]
+    assert first.precision.compute_dtype == second.precision.compute_dtype == config.precision.compute_dtype
+    assert config.fp4_experts and not compose(["train.steps=100"]).fp4_experts
+    assert config.at(1000).optim.lr == config.optim.lr and first.optim.warmup_steps == 3
+    with pytest.raises(ConfigError, match=r"model\.index_head_dim"):
+        compose([*phases, "model.index_head_dim=24"])
+
+
 @pytest.mark.parametrize(
     ("phases", "words"),
     [
         ({"a": PhaseConfig(steps=50)}, "50 steps, train.steps is 100"),
+        ({"a": PhaseConfig(share=1.5)}, "phases.a.share is 1.5; it must be above 0"),
+        ({"a": PhaseConfig(share=0.5, steps=50)}, "without steps"),
+        ({"a": PhaseConfig(seq_len=512, seq_len_times=2)}, "without seq_len"),
+        ({"a": PhaseConfig(ramp_share=0.5, ramp_from=2048)}, "without ramp_from"),
+        ({"a": PhaseConfig(attention_mode="full")}, "phases.a.attention_mode is 'full'; it must be dense or"),
+        ({"a": PhaseConfig(lr=0.0)}, "phases.a.lr is 0.0; it must be a number above 0"),
+        ({"a": PhaseConfig(mtp_loss_weight=-1.0)}, "phases.a.mtp_loss_weight is -1.0"),
+        (
+            {"a": PhaseConfig(precision="fp2")},
+            "phases.a.precision is 'fp2'; it must be bf16 or fp8 or fp4_qat",
+        ),
         ({"a": PhaseConfig(steps=120)}, "120 steps"),
         ({"a": PhaseConfig(), "b": PhaseConfig()}, "phases.b.steps"),
         ({"a": PhaseConfig(steps=0), "b": PhaseConfig()}, "phases.a.steps is 0"),

@@ -51,9 +51,10 @@ Write a checkpoint's weights for other tools: python -m train.export checkpoint=
                    in fp32, the rest, norms and routers too, in bf16. The model's hidden_size and
                    moe_intermediate_size must be multiples of 32
 
-out holds config.json, tokenizer.json, tokenizer_config.json and safetensors files of about 5 GB; it needs the memory of one matrix,
-format=deepseek that of a few. train.import_hf reads all of them. transformers loads deepseek with accelerate
-installed, but decodes it wrongly, or refuses, where 128 does not divide a larger side of an FP8 matrix.
+out holds config.json, the tokenizer's two files and safetensors files of about 5 GB; it needs the memory of
+one matrix, format=deepseek that of a few. train.import_hf reads all of them. transformers loads deepseek with
+accelerate installed, but decodes it wrongly, or refuses, where 128 does not divide a larger side of an FP8
+matrix.
 
 Examples:
   python -m train.export checkpoint=runs/first out=first
@@ -148,7 +149,7 @@ def tokenizer_files(source: Path, config: ModelConfig) -> dict[str, str]:
     }
     return {
         TOKENIZER: tokenizer.to_json(),
-        TOKENIZER_CONFIG: json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+        TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n",
     }
 
 

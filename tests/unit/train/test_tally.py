@@ -72,9 +72,9 @@ def naive(depth: int, batches: list[dict[str, Tensor]]) -> dict[str, float]:
             found["accuracy"].append(float(int(logits[b, t].argmax()) == label))
         for k, predicted in enumerate(further):
             for b, t in (batch["next_ids"][..., k] != -100).nonzero().tolist():
-                label = batch["next_ids"][b, t, k]
-                found["mtp"].append(float(F.cross_entropy(predicted[b, t], label)))
-                found["mtp_accuracy"].append(float(int(predicted[b, t].argmax()) == int(label)))
+                target = batch["next_ids"][b, t, k]
+                found["mtp"].append(float(F.cross_entropy(predicted[b, t], target)))
+                found["mtp_accuracy"].append(float(int(predicted[b, t].argmax()) == int(target)))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 

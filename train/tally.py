@@ -51,4 +51,4 @@ class Tally:
 def position_group(positions: Tensor) -> Tensor:
     """The group of POSITIONS that each position within a document lies in: 0 to 63, 64 to 127, and so on."""
     borders = torch.tensor(STARTS[1:], device=positions.device)
-    return torch.bucketize(positions, borders, right=True)
+    return torch.bucketize(positions.contiguous(), borders, right=True)

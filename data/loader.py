@@ -128,8 +128,8 @@ class Loader:
                 return
             yield batch
 
-    def text(self, count: int, seq_len: int) -> np.ndarray:
-        """The first `count` tokens of `one_pass` without end marks, [count]: the same on all ranks. Again
+    def text(self, count: int, seq_len: int) -> torch.Tensor:
+        """The first `count` tokens of `one_pass` without end marks, [count] int64: the same on all ranks. Again
         from the beginning where there are fewer."""
 
         def drawn() -> np.ndarray:
@@ -145,7 +145,7 @@ class Loader:
                     missing -= len(found[-1])
             return np.resize(np.concatenate(found), count)
 
-        return self._worker.submit(drawn).result()
+        return torch.from_numpy(self._worker.submit(drawn).result().astype(np.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the batches handed out; the same for every rank and world size."""

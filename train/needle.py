@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,33 +32,34 @@ def text_tokens(count: int, seq_len: int) -> int:
     return count * (seq_len - KEY - VALUE)
 
 
-def probes(text: np.ndarray, count: int, seq_len: int) -> list[np.ndarray]:
-    """`count` probes of [len(GROUPS), seq_len] tokens from as many parts of `text`, in the order of GROUPS.
+def probes(text: Tensor, count: int, seq_len: int) -> Tensor:
+    """`count` probes, each of a row in every one of GROUPS, in that order, from as many parts of `text`
+    (int64) -> [count, len(GROUPS), seq_len].
 
     A key occurs nowhere in its text. Raises ConfigError where the text is too uniform for that.
     """
-    vocabulary, found = np.unique(text), []
-    for number, part in enumerate(text.reshape(count, -1).astype(np.int64)):
-        needle = _needle(generator("needle", number), vocabulary, part)
+    vocabulary, found = text.unique(), []
+    for number, part in enumerate(text.view(count, seq_len - KEY - VALUE)):
+        needle = _needle(number, vocabulary, part)
         hay = part[: len(part) - len(needle)]
         borders = [round(depth * len(hay) / 100) for depth in DEPTHS]
-        rows = [np.concatenate((hay[:at], needle, hay[at:], needle)) for at in borders]
-        found.append(np.stack([*rows, np.concatenate((part, needle))]))
-    return found
+        rows = [torch.cat((hay[:at], needle, hay[at:], needle)) for at in borders]
+        found.append(torch.stack([*rows, torch.cat((part, needle))]))
+    return torch.stack(found)
 
 
-def _needle(draw: np.random.Generator, vocabulary: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Key and value, all different tokens."""
-    windows = np.lib.stride_tricks.sliding_window_view(text, KEY)
+def _needle(number: int, vocabulary: Tensor, text: Tensor) -> Tensor:
+    """Key and value of a probe, all different tokens."""
+    draw, windows = generator("needle", number), text.unfold(0, KEY, 1)
     for _ in range(100 if len(vocabulary) >= KEY + VALUE else 0):
-        needle = draw.choice(vocabulary, KEY + VALUE, replace=False).astype(np.int64)
+        needle = vocabulary[draw.permutation(len(vocabulary))[: KEY + VALUE].tolist()]
         if not (windows == needle[:KEY]).all(1).any():
             return needle
     raise ConfigError("train.needle: the held-out text has too few different tokens; set train.needle=0")
 
 
 def probe_batches(
-    text: np.ndarray,
+    text: Tensor,
     count: int,
     seq_len: int,
     micro_batch: int,
@@ -72,18 +72,18 @@ def probe_batches(
     Tensors are those of `data.loader.Loader.one_pass`, with the number in GROUPS for the source; only the
     value's tokens are labels. What lacks in the last batch is padding.
     """
-    rows = np.concatenate(probes(text, count, seq_len))
-    group = np.tile(np.arange(len(GROUPS)), count)
+    rows = probes(text, count, seq_len).flatten(0, 1)
+    group = torch.arange(len(GROUPS)).repeat(count)
     for start in range(0, len(rows), micro_batch * world):
         first = start + rank * micro_batch
-        own = torch.from_numpy(rows[first : first + micro_batch])
+        own = rows[first : first + micro_batch]
         ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
         ids[: len(own)] = own
         real = torch.arange(micro_batch) < len(own)
         labels = torch.full_like(ids, -100)
         labels[: len(own), -VALUE - 1 : -1] = own[:, -VALUE:]
         sources = torch.full((micro_batch,), -1)
-        sources[: len(own)] = torch.from_numpy(group[first : first + micro_batch])
+        sources[: len(own)] = group[first : first + micro_batch]
         yield {
             "input_ids": ids,
             "labels": labels,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -32,7 +31,7 @@ def compare(ranks: Ranks, cp: str) -> None:
     whole = packed_batch(ROWS, LENGTH, depth=1) | {"sources": torch.tensor([0, 1, 1, -1])}
     each = len(ROWS) // mesh.data_world
     mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
-    text = np.random.default_rng(0).integers(2, 96, text_tokens(2, LENGTH))
+    text = torch.randint(2, 96, (text_tokens(2, LENGTH),), generator=torch.Generator().manual_seed(0))
 
     def found(batch: dict[str, torch.Tensor], alone: bool) -> dict[str, float]:
         place = (0, 1) if alone else (mesh.data_rank, mesh.data_world)

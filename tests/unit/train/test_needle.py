@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,13 +27,13 @@ LENGTH, COUNT = 96, 3
 CPU = torch.device("cpu")
 
 
-def text(count: int = COUNT, length: int = LENGTH, ids: int = 40) -> np.ndarray:
-    draw = np.random.default_rng(0)
-    return draw.integers(5, 5 + ids, text_tokens(count, length)).astype(np.uint32)
+def text(count: int = COUNT, length: int = LENGTH, ids: int = 40) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(5, 5 + ids, (text_tokens(count, length),), generator=draw)
 
 
 def test_rows_hide_one_needle_at_every_depth() -> None:
-    parts = text().reshape(COUNT, -1).tolist()
+    parts = text().view(COUNT, -1).tolist()
     needles = []
     for part, rows in zip(parts, probes(text(), COUNT, LENGTH), strict=True):
         needle = rows[0, -KEY - VALUE :].tolist()
@@ -58,7 +57,7 @@ def test_a_key_that_the_text_has_is_not_taken() -> None:
     uniform = text(COUNT, 1500, ids=9)
     for rows in probes(uniform, COUNT, 1500):
         key = rows[-1, -KEY - VALUE : -VALUE]
-        windows = np.lib.stride_tricks.sliding_window_view(rows[-1, : -KEY - VALUE], KEY)
+        windows = rows[-1, : -KEY - VALUE].unfold(0, KEY, 1)
         assert not (windows == key).all(1).any()
     with pytest.raises(ConfigError, match=r"train\.needle=0"):
         probes(text(ids=KEY + VALUE - 1), COUNT, LENGTH)
@@ -66,7 +65,7 @@ def test_a_key_that_the_text_has_is_not_taken() -> None:
 
 @pytest.mark.parametrize(("micro", "world"), [(1, 1), (4, 1), (4, 2), (5, 3)])
 def test_ranks_share_the_rows_out(micro: int, world: int) -> None:
-    rows = np.concatenate(probes(text(), COUNT, LENGTH))
+    rows = probes(text(), COUNT, LENGTH).flatten(0, 1)
     found: list[list[int]] = []
     ranks = [list(probe_batches(text(), COUNT, LENGTH, micro, 1, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1  # all ranks compute together

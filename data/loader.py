@@ -129,8 +129,8 @@ class Loader:
             yield batch
 
     def text(self, count: int, seq_len: int) -> torch.Tensor:
-        """The first `count` tokens of `one_pass` without end marks, [count] int64: the same on all ranks. Again
-        from the beginning where there are fewer."""
+        """The first `count` tokens of `one_pass` without end marks, [count] int64: the same on all ranks.
+        Again from the beginning where there are fewer."""
 
         def drawn() -> np.ndarray:
             found, position = [np.zeros(0, np.uint32)], self._start

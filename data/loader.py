@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from configs.errors import ConfigError
@@ -82,6 +83,11 @@ class Loader:
         self._ahead: deque[Future[tuple[Batch, Position]]] = deque()
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources; `one_pass` says by their numbers here where a row comes from."""
+        return tuple(self._streams)
+
+    @property
     def step(self) -> int:
         """The step whose batch comes next."""
         return self._position.step
@@ -101,12 +107,19 @@ class Loader:
 
     def one_pass(self, sequences: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches of the first epoch from its beginning, `limit` sequences at most, the last one filled with
-        padding: always the same, and without moving the stream. Ends with the first source that ends."""
+        padding: always the same, and without moving the stream. Ends with the first source that ends. Each
+        has one tensor more, sources [B]: the number of each row's source, -1 of rows that are padding."""
 
         def part(position: Position) -> tuple[Batch | None, Position]:
             wanted = sequences if limit is None else min(sequences, limit - position.g)
             found, after = self._draw(position, Shape(wanted, seq_len), epochs=1)
-            return (self._assembled(found, sequences, seq_len) if found else None), after
+            if not found:
+                return None, after
+            batch = self._assembled(found, sequences, seq_len)
+            names = [self._mixture.source(g - after.mixed_from) for g in range(position.g, after.g)]
+            numbers = [self.sources.index(names[i]) for i in self._hand(found)]
+            numbers += [-1] * (len(batch["input_ids"]) - len(numbers))
+            return batch | {"sources": torch.tensor(numbers)}, after
 
         position = self._start
         while True:
@@ -114,6 +127,25 @@ class Loader:
             if batch is None:
                 return
             yield batch
+
+    def text(self, count: int, seq_len: int) -> torch.Tensor:
+        """The first `count` tokens of `one_pass` without end marks, [count] int64: the same on all ranks.
+        Again from the beginning where there are fewer."""
+
+        def drawn() -> np.ndarray:
+            found, position = [np.zeros(0, np.uint32)], self._start
+            missing = count
+            while missing > 0:
+                sequences, position = self._draw(position, Shape(1, seq_len), epochs=1)
+                if not sequences:
+                    break
+                for piece in sequences[0]:
+                    ids = tokens_of(piece, self._tokenizer.fim)
+                    found.append(ids[ids != self._tokenizer.eos_id])
+                    missing -= len(found[-1])
+            return np.resize(np.concatenate(found), count)
+
+        return torch.from_numpy(self._worker.submit(drawn).result().astype(np.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the batches handed out; the same for every rank and world size."""
@@ -223,9 +255,13 @@ class Loader:
             g += 1
         return found, replace(position, g=g, cursors=cursors)
 
+    def _hand(self, sequences: list[Sequence]) -> list[int]:
+        """Which of these sequences are this rank's rows."""
+        return deal([sum(piece.length**2 for piece in s) for s in sequences], self._world)[self._rank]
+
     def _assembled(self, sequences: list[Sequence], count: int, seq_len: int) -> Batch:
         """This rank's rows of `count` sequences, of which the last ones may be missing."""
-        hand = deal([sum(piece.length**2 for piece in s) for s in sequences], self._world)[self._rank]
+        hand = self._hand(sequences)
         rows = [[tokens_of(piece, self._tokenizer.fim) for piece in sequences[i]] for i in hand]
         rows += [[] for _ in range(-(-count // self._world) - len(rows))]
         arrays = assemble(rows, seq_len=seq_len, mtp_depth=self._mtp_depth, fill=self._tokenizer.eos_id)

@@ -89,6 +89,10 @@ class Tokenizer:
         """The text of the ids, marks included."""
         return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def mark(self, id: int) -> str:
+        """How an added token, such as the end mark, is written."""
+        return next(token["content"] for token in self._spec["added_tokens"] if token["id"] == id)
+
     def to_json(self) -> str:
         """The text of its file, which read again is the same tokenizer."""
         return self._text

@@ -21,7 +21,7 @@ from model.fp8 import fp8_expert_mlp, fp8_linear
 from model.indexer import Indexer
 from model.layout import WholeSequence, build_layout, positions_from_documents
 from model.linear import Linear, linear
-from model.loss import linear_cross_entropy
+from model.loss import TokenScores, linear_cross_entropy, token_cross_entropy
 from model.moe import Experts, MoE, balance_loss, expert_mlp
 from model.mtp import MultiTokenPredictor
 from model.norm import RMSNorm
@@ -41,11 +41,13 @@ class ModelOutput:
 
     lm and mtp are sums of nats over labels, balance a sum over layers and real tokens.
     `expert_indices`: [B, S, K] for every MoE, layers first, then MTP blocks (as `ForCausalLM.moes`).
+    `scores`: [B, S] where asked for, of the next token, then of every MTP block's.
     """
 
     losses: dict[str, LossPart] = field(default_factory=dict)
     expert_indices: list[Tensor] = field(default_factory=list)
     logits: Tensor | None = None  # [B, S, V]
+    scores: list[TokenScores] = field(default_factory=list)
 
 
 class ForCausalLM(nn.Module):
@@ -78,6 +80,7 @@ class ForCausalLM(nn.Module):
         mode: AttentionMode = "sparse",
         replay: Sequence[Tensor | None] | None = None,
         return_logits: bool | None = None,
+        return_scores: bool = False,
     ) -> ModelOutput:
         """input_ids [B, S] -> losses where `labels` [B, S] are given, else logits.
 
@@ -85,6 +88,7 @@ class ForCausalLM(nn.Module):
         [B, S], contiguous, negative on padding; `position_ids` [B, S] restart in each (derived from the
         documents if absent). `next_ids` [B, S, P]: token t + 2 + k of the same document or -100
         (derived from labels if absent). `replay`: expert indices [B, S, K] to use, one per MoE.
+        `return_scores`: losses token by token as well, which then have no gradients.
 
         Under context parallelism all arguments but `replay` are whole rows; what is computed and returned is
         the part of `self.context`.
@@ -106,8 +110,9 @@ class ForCausalLM(nn.Module):
         hidden = self.norm(self.hc_head(streams))  # [B, S, D]
 
         losses: dict[str, LossPart] = {}
+        scores: list[TokenScores] | None = [] if return_scores else None
         if labels is not None:
-            losses["lm"] = linear_cross_entropy(hidden, self.lm_head.weight, self.context.part(labels))
+            losses["lm"] = self._cross_entropy(hidden, self.context.part(labels), scores)
             if self.mtp:
                 further = further_ids(labels, len(self.mtp)) if next_ids is None else next_ids
                 targets = [self.context.part(ids) for ids in (labels, *further.unbind(-1))]
@@ -120,7 +125,7 @@ class ForCausalLM(nn.Module):
                         mtp, streams, self.embed_tokens(ids), layout, ids, _flat(choice)
                     )
                     routings.append(routing)
-                    parts.append(linear_cross_entropy(predicted, self.lm_head.weight, targets[depth + 1]))
+                    parts.append(self._cross_entropy(predicted, targets[depth + 1], scores))
                 losses["mtp"] = _add(parts)
             learned = [r for r, moe in zip(routings, self.moes(), strict=True) if not moe.gate.is_hash]
             balance = [balance_loss(routing, layout) for routing in learned]
@@ -133,7 +138,16 @@ class ForCausalLM(nn.Module):
             losses=losses,
             expert_indices=[r.indices.view(*input_ids.shape, -1) for r in routings],
             logits=F.linear(hidden, self.lm_head.weight.to(hidden.dtype)) if wanted else None,
+            scores=scores or [],
         )
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, scores: list[TokenScores] | None) -> LossPart:
+        """Of the output head; with `scores` without gradients, and token by token added to them."""
+        if scores is None:
+            return linear_cross_entropy(hidden, self.lm_head.weight, labels)
+        part, tokens = token_cross_entropy(hidden, self.lm_head.weight, labels)
+        scores.append(tokens)
+        return part
 
     def moes(self) -> list[MoE]:
         """Every MoE in the order of `ModelOutput.expert_indices`."""

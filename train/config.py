@@ -17,6 +17,7 @@ from optim.schedule import decay_start
 from train.phases import Phase, PhaseConfig, Timeline
 
 AttentionMode = Literal["sparse", "dense"]
+SHORTEST_WITH_NEEDLE = 32  # tokens: half of them text
 DEEPSEEK_V4_IDS = 129_280  # of the released tokenizer, added tokens included
 
 
@@ -42,6 +43,7 @@ class TrainConfig:
     keep_every             checkpoints of steps that are multiples of it are kept, too; 0: none
     async_save             write checkpoints beside the training, which goes on after a copy in host memory
     eval_tokens            validation tokens of one evaluation
+    needle                 retrieval probes of one evaluation, each a sequence a depth and a control; 0: none
     compile                torch.compile the hyper-connections
     recompute              what backward computes again instead of keeping it: "none", "selective" (all but
                            outputs of large products), "full" (whole layers: only their inputs are kept)
@@ -63,6 +65,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_tokens: int = 65536
+    needle: int = 0
     save_every: int = 100
     keep_last: int = 2
     keep_every: int = 0
@@ -86,7 +89,7 @@ class TrainConfig:
             self._check(key, getattr(self, key) >= 1, "1 or more")
         self._check("seq_len", self.seq_len >= 2, "2 or more")
         self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
-        for key in ("sample_tokens", "keep_every"):
+        for key in ("sample_tokens", "keep_every", "needle"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         for key in ("mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
             self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")
@@ -354,6 +357,8 @@ class RunConfig:
             rate = model.compress_rates[kind]
             rule = f"at least model.compress_rates.{kind} = {rate}, or these layers never compress anything"
             _require(seq_len >= rate, key, seq_len, rule)
+        hides = not self.train.needle or seq_len >= SHORTEST_WITH_NEEDLE
+        _require(hides, key, seq_len, f"{SHORTEST_WITH_NEEDLE} or more, or train.needle 0")
         self._check_parts(seq_len, key)
         depth = model.num_nextn_predict_layers
         rule = f"less than {key} - 1 = {seq_len - 1}"

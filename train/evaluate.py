@@ -1,5 +1,7 @@
 """Validation: the same held-out sequences every time, and a look into the model on the first of them.
 
+Beside the mean losses: losses by source and by position, and how often the likeliest token is the right one.
+
 The look records the inputs of a few methods while a batch passes; the model knows nothing of it.
 
 Legend: B batch, S sequence, N streams, D hidden, H heads, C head_dim, T compressed slots, W window.
@@ -7,7 +9,7 @@ Legend: B batch, S sequence, N streams, D hidden, H heads, C head_dim, T compres
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from model.attention import Attention, AttentionMode
 from model.hyper_connection import HyperConnection, Mix
 from model.layout import Layout
+from model.loss import TokenScores
 from model.model import ForCausalLM
 from model.norm import rms_norm, widen
 from model.rope import apply_rope
 from train.engine import Batch, Engine
+from train.tally import POSITIONS, Tally, position_group
 
 PARTS = ("lm", "mtp")
+MEANS = ("lm", "mtp", "accuracy", "mtp_accuracy")  # metrics of these names get the prefix valid_
 RECALLS = ("indexer_recall", "indexer_recall_best", "indexer_fp4_recall")
 QUERIES = 2048  # of one layer whose attention is computed in full for the indexer's recall
 LOGIT_BUDGET = 1 << 24  # numbers that such a computation holds at once
@@ -36,25 +41,55 @@ def evaluate(
     mode: AttentionMode,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     look: bool = True,
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Mean loss in nats of every part over `batches`: next token `lm`, and `mtp` where the model has it.
+    """Means over the labels of `batches`, which are `data.loader.Loader.one_pass`'s of these `sources`:
+
+    lm, mtp                  loss in nats of the next token, and of MTP blocks where the model has them
+    lm/<source>, lm/at_<n>   of the next token by source, if there are several, and by `position_group`
+    accuracy, mtp_accuracy   share of labels that are the likeliest token
 
     `reduce` adds up a 1-D fp64 tensor over ranks, each with batches of its own; it is called once. With
     `look` (on one rank: nothing of it is reduced) also what `watched` finds in the first batch.
     """
     totals = torch.zeros(2 * len(PARTS), dtype=torch.float64, device=device)  # sums, then counts
+    tallies = [Tally(sources, device), Tally(POSITIONS, device), Tally(("mtp",), device)]
     found: dict[str, float] = {}
     for number, batch in enumerate(batches):
+        inputs = {name: x.to(device) for name, x in batch.items()}
+        source = inputs.pop("sources", None)
         with watched(engine.model, found) if look and number == 0 else nullcontext():
-            losses = engine({name: x.to(device) for name, x in batch.items()}, mode=mode).losses
+            output = engine(inputs, mode=mode, return_scores=True)
+        losses = output.losses
+        _count(tallies, output.scores, engine.model.context.part(inputs["position_ids"]), source)
         for i, part in enumerate(PARTS):
             if part in losses:
                 totals[i] += losses[part][0]
                 totals[i + len(PARTS)] += losses[part][1]
-    values = reduce(totals).tolist()
-    sums, counts = values[: len(PARTS)], values[len(PARTS) :]
+    values = reduce(torch.cat((totals, *(tally.totals.flatten() for tally in tallies)))).cpu()
+    sums, counts = values[: 2 * len(PARTS)].view(2, -1).tolist()
     means = {part: total / count for part, total, count in zip(PARTS, sums, counts, strict=True) if count}
-    return means | found
+    sizes = [tally.totals.numel() for tally in tallies]
+    for tally, whole in zip(tallies, values[2 * len(PARTS) :].split(sizes), strict=True):
+        tally.totals = whole.view_as(tally.totals)
+    return means | _means_of(*tallies) | found
+
+
+def _count(tallies: list[Tally], scores: list[TokenScores], positions: Tensor, source: Tensor | None) -> None:
+    """Add a batch's scores to those by source, by position and of MTP; positions [B, L], source [B]."""
+    by_source, by_position, mtp = tallies
+    following, *further = scores
+    by_position.add(following, position_group(positions))
+    if source is not None and len(by_source.groups) > 1:
+        by_source.add(following, source.unsqueeze(1).expand_as(positions))
+    for predicted in further:
+        mtp.add(predicted, torch.zeros_like(positions))
+
+
+def _means_of(by_source: Tally, by_position: Tally, mtp: Tally) -> dict[str, float]:
+    means = {f"lm/{group}": loss for group, loss in {**by_source.losses(), **by_position.losses()}.items()}
+    accuracies = {"accuracy": by_position.accuracy(), "mtp_accuracy": mtp.accuracy()}
+    return means | {name: share for name, share in accuracies.items() if share is not None}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ experts and FP8 blocks, quantised from the checkpoint's fp32 weights (`model.dee
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from configs.compose import from_yaml
 from configs.errors import ConfigError
+from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.deepseek import (
     FP4,
@@ -36,7 +38,7 @@ from train.config import RunConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS = (*DTYPES, "deepseek")
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 HELP = """\
 Write a checkpoint's weights for other tools: python -m train.export checkpoint=DIR out=DIR [format=bf16]
 
@@ -49,9 +51,10 @@ Write a checkpoint's weights for other tools: python -m train.export checkpoint=
                    in fp32, the rest, norms and routers too, in bf16. The model's hidden_size and
                    moe_intermediate_size must be multiples of 32
 
-out holds config.json, tokenizer.json and safetensors files of about 5 GB; it needs the memory of one matrix,
-format=deepseek that of a few. train.import_hf reads all of them. transformers loads deepseek with accelerate
-installed, but decodes it wrongly, or refuses, where 128 does not divide a larger side of an FP8 matrix.
+out holds config.json, the tokenizer's two files and safetensors files of about 5 GB; it needs the memory of
+one matrix, format=deepseek that of a few. train.import_hf reads all of them. transformers loads deepseek with
+accelerate installed, but decodes it wrongly, or refuses, where 128 does not divide a larger side of an FP8
+matrix.
 
 Examples:
   python -m train.export checkpoint=runs/first out=first
@@ -91,7 +94,7 @@ def export(source: Path, out: Path, dtype: torch.dtype) -> None:
     Raises ConfigError for a checkpoint that lacks a weight and for a model that transformers does not know.
     """
     config = run_config(source).model
-    specs, files = model_specs(config, dtype), tokenizer_file(source)
+    specs, files = model_specs(config, dtype), tokenizer_files(source, config)
     with open_tensors(source) as tensors:
         require(tensors, specs, source)
         write_pretrained(out, config, specs, lambda name: model_parts(tensors, name, specs[name]), files)
@@ -105,10 +108,11 @@ def export_released(source: Path, out: Path) -> None:
     config = run_config(source).model
     settings, specs = released_settings(config), model_specs(config, torch.float32)
     plan = released_plan(specs)
+    files = tokenizer_files(source, config)
     stored = {key: spec for matrix in plan for key, spec in released_specs(matrix.key, matrix.shape).items()}
     with open_tensors(source) as tensors:
         require(tensors, specs, source)
-        write_folder(out, settings, stored, released_content(tensors, plan), tokenizer_file(source))
+        write_folder(out, settings, stored, released_content(tensors, plan), files)
 
 
 def released_plan(specs: dict[str, Spec]) -> list[Matrix]:
@@ -129,10 +133,24 @@ def released_content(tensors: Tensors, plan: list[Matrix]) -> Iterator[tuple[str
             yield key, (tensors[piece.key].to(dtype) for piece in parts)
 
 
-def tokenizer_file(source: Path) -> dict[str, str]:
-    """Name and content of the tokenizer that is saved with a checkpoint, if one is."""
+def tokenizer_files(source: Path, config: ModelConfig) -> dict[str, str]:
+    """Name and content of the tokenizer that is saved with a checkpoint, if one is, and of what
+    `transformers.AutoTokenizer` wants beside it."""
     path = source / TOKENIZER
-    return {TOKENIZER: path.read_text()} if path.exists() else {}
+    if not path.exists():
+        return {}
+    tokenizer = Tokenizer(path)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.mark(tokenizer.bos_id),
+        "eos_token": tokenizer.mark(tokenizer.eos_id),
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        TOKENIZER: tokenizer.to_json(),
+        TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n",
+    }
 
 
 def run_config(source: Path) -> RunConfig:

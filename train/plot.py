@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.metrics import read_lines
+from train.tally import POSITIONS
 
 Lines = list[dict[str, Any]]
 
@@ -35,6 +36,10 @@ def _losses(axes: Axes, metrics: Lines) -> None:
     _draw(axes, metrics, "lm", alpha=0.7)
     _draw(axes, metrics, "mtp", alpha=0.7)
     _draw(axes, metrics, "valid_lm", "lm, validation", marker="o", ms=3)
+    for name in _names(metrics, "valid_lm/"):
+        source = name.removeprefix("valid_lm/")
+        if source not in POSITIONS:
+            _draw(axes, metrics, name, source, linestyle=":")
     axes.set_ylabel("nats per token")
     _legend(axes)
 

@@ -107,9 +107,11 @@ class Report:
         self._line("  ".join(parts))
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the validation losses, in nats per token."""
-        text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
-        self._line(f"step {step:>6}  validation  {text}", style="bold")
+        """Print the validation losses, in nats per token, and how often the next token is the likeliest."""
+        parts = [f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses]
+        shares = {"accuracy": "accuracy", "needle_accuracy": "needle"}
+        parts += [f"{word} {losses[name]:.1%}" for name, word in shares.items() if name in losses]
+        self._line(f"step {step:>6}  validation  {'  '.join(parts)}", style="bold")
 
     def precision(self, step: int, now: Precision) -> None:
         """What is rounded from the step after this one on, which it was not before."""

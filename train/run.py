@@ -26,12 +26,14 @@ from train import checkpoint, recompute
 from train.adapter import BUCKET
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
-from train.evaluate import evaluate
+from train.evaluate import MEANS, evaluate
 from train.export import export
 from train.memory import predict, refuse_if_too_large
 from train.metrics import JsonLines, validation_losses
+from train.needle import find_needles, probe_batches, text_tokens
 from train.parallel.context import context_of
 from train.parallel.mesh import Mesh, build_mesh
+from train.phases import Phase
 from train.plot import plot_run
 from train.ranks import Ranks, join
 from train.report import Report
@@ -80,12 +82,31 @@ class Run:
             self.config.at(step).attention_mode,
             self.ranks.sum,
             look=self.ranks.first,
+            sources=self.data.valid.sources,
         )
+        found |= self._needles(phase)
         if self.ranks.first:
-            named = {f"valid_{name}" if name in ("lm", "mtp") else name: x for name, x in found.items()}
+            named = {f"valid_{n}" if n.partition("/")[0] in MEANS else n: x for n, x in found.items()}
             self.logs["metrics"].write(step=self.step, **named)
             self.tracker.log(self.step, named)
             self.report.validation(self.step, found)
+
+    def _needles(self, phase: Phase) -> dict[str, float]:
+        count, mesh = self.config.train.needle, self.mesh
+        if not count:
+            return {}
+        batches = probe_batches(
+            self.data.valid.text(text_tokens(count, phase.seq_len), phase.seq_len),
+            count,
+            phase.seq_len,
+            phase.micro_batch,
+            self.config.model.num_nextn_predict_layers,
+            mesh.data_rank,
+            mesh.data_world,
+        )
+        watched = self.ranks.watch.each(batches)
+        mode = self.config.attention_mode
+        return find_needles(self.engine, watched, self.ranks.device, mode, self.ranks.sum)
 
     def save(self) -> None:
         """Begin to save this step, and log the seconds for which training stood still."""

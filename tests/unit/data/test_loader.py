@@ -510,6 +510,39 @@ def test_a_source_without_weight_is_neither_trained_on_nor_held_out(mixed):
     assert [bool(part["code"]) for part in rows_of] == [True, True]
 
 
+def test_one_pass_says_which_source_each_row_is_of(mixed):
+    data = [
+        open_data(mixed, lambda step: Shape(4, S), mtp_depth=0, seed=1, rank=r, world=2).valid
+        for r in range(2)
+    ]
+    tokenizer, seen = opened(mixed).tokenizer, Counter()
+    for batch in (batch for loader in data for batch in loader.one_pass(6, S, limit=33)):
+        for number, ids, documents in zip(
+            batch["sources"].tolist(), batch["input_ids"], batch["document_ids"], strict=True
+        ):
+            letters = set(tokenizer.decode(ids[(documents >= 0) & (ids != tokenizer.eos_id)]))
+            name = data[0].sources[number] if number >= 0 else None
+            assert letters - {" "} <= set(ALPHABETS[name] if name else "")
+            seen[name] += 1
+    assert set(seen) == {*ALPHABETS, None} and sum(seen.values()) == 36 and seen[None] == 3
+    assert "sources" not in train(mixed).batch()
+
+
+def test_text_is_that_of_the_pass_and_of_every_rank(mixed):
+    data = [
+        open_data(mixed, lambda step: Shape(4, S), mtp_depth=0, seed=r, rank=r, world=2) for r in range(2)
+    ]
+    eos = data[0].tokenizer.eos_id
+    rows_of = list(opened(mixed).valid.one_pass(1, S))
+    whole = [i for batch in rows_of for p in pieces(batch) for i in p if i != eos]
+    for count in (1, 300, len(whole), 2 * len(whole) + 7):  # more than there is: again from the beginning
+        expected = [whole[i % len(whole)] for i in range(count)]
+        for one in data:
+            before = one.valid.state_dict()
+            assert one.valid.text(count, S).tolist() == expected
+            assert one.valid.state_dict() == before
+
+
 def test_one_pass_in_the_midst_of_training_changes_neither(mixed):
     loader = train(mixed, PLAN)
     expected, alone = take(train(mixed, PLAN), len(PLAN)), list(train(mixed, PLAN).one_pass(3, S, limit=30))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model.loss
-from model.loss import linear_cross_entropy
+from model.loss import linear_cross_entropy, token_cross_entropy
 from tests.tiny import relative
 
 
@@ -109,3 +109,30 @@ def test_validation_makes_no_gradients(monkeypatch):
     monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: pytest.fail("a gradient was allocated"))
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, labels)[0], expected)
+
+
+@pytest.mark.parametrize("budget", [1 << 26, 21 * 5, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_token_by_token(
+    budget: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.loss, "LOGIT_BUDGET", budget)
+    hidden, weight, labels = inputs(dtype)
+    (total, count), scores = token_cross_entropy(hidden, weight, labels)
+    expected_total, expected_count = linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(total, expected_total) and torch.equal(count, expected_count)  # to the bit
+    logits = hidden.detach().double() @ weight.detach().double().T
+    wanted = F.cross_entropy(logits.mT, labels, reduction="none")
+    assert relative(scores.loss, wanted) <= tolerance and scores.loss.dtype == dtype
+    assert torch.equal(scores.counted, labels != -100) and not scores.loss[~scores.counted].any()
+    assert torch.equal(scores.correct, logits.argmax(-1) == labels)
+    best = logits.argmax(-1)
+    assert token_cross_entropy(hidden, weight, best)[1].correct.all()
+    assert not token_cross_entropy(hidden, weight, (best + 1) % 21)[1].correct.any()
+
+
+def test_scores_of_bfloat16_are_fp32() -> None:
+    hidden, weight, labels = inputs(torch.bfloat16)
+    (total, _), scores = token_cross_entropy(hidden, weight.float(), labels)
+    assert torch.equal(total, linear_cross_entropy(hidden, weight.float(), labels)[0].detach())
+    assert scores.loss.dtype == total.dtype == torch.float32 and not scores.loss.requires_grad

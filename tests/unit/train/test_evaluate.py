@@ -32,7 +32,8 @@ def batch_of(rows: int, masked: int) -> dict[str, Tensor]:
     ids = torch.randint(96, (rows, 21))
     labels = ids[:, 1:].clone()
     labels[:, :masked] = -100
-    return {"input_ids": ids[:, :-1], "labels": labels}
+    positions = torch.arange(20).repeat(rows, 1)
+    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
 
 
 def test_mean_over_labels_not_over_batches() -> None:
@@ -47,7 +48,7 @@ def test_ranks_add_up() -> None:
     engine = engine_for()
     batches = [batch_of(1, 0), batch_of(3, 15), batch_of(2, 3)]
     whole = evaluate(engine, batches, CPU, "sparse", look=False)
-    assert whole.keys() == {"lm", "mtp"}
+    assert whole.keys() == {"lm", "mtp", "lm/at_0", "accuracy", "mtp_accuracy"}
     sums: list[Tensor] = []
 
     def collect(x: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def test_ranks_add_up() -> None:
 
 def test_a_model_without_mtp_has_no_such_loss() -> None:
     engine = engine_for(num_nextn_predict_layers=0)
-    assert "mtp" not in evaluate(engine, [batch_of(2, 0)], CPU, "sparse")
+    found = evaluate(engine, [batch_of(2, 0)], CPU, "sparse")
+    assert not {"mtp", "mtp_accuracy"} & found.keys() and "accuracy" in found
 
 
 def test_mixing_is_measured_and_left_as_it_was() -> None:
@@ -84,7 +86,8 @@ def test_a_failing_batch_leaves_the_model_as_it_was() -> None:
     engine = engine_for()
     attributes = [dict(vars(module)) for module in engine.model.modules()]
     with pytest.raises(IndexError):
-        evaluate(engine, [{"input_ids": torch.full((1, 8), 1000)}], CPU, "sparse")
+        batch = {"input_ids": torch.full((1, 8), 1000), "position_ids": torch.arange(8).unsqueeze(0)}
+        evaluate(engine, [batch], CPU, "sparse")
     assert [dict(vars(module)) for module in engine.model.modules()] == attributes
 
 

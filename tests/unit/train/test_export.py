@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV4ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import model.hf as hf
 from configs.compose import compose, from_yaml, to_yaml
@@ -118,6 +123,19 @@ def test_fp32_gives_the_same_weights_and_logits(saved, tmp_path):
     assert (mine - theirs).norm() / theirs.norm() < 1e-5
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode("import os")) == "import os"
+
+
+def test_the_folder_alone_says_which_model_and_tokenizer(saved, tmp_path):
+    """What `lm_eval --model hf` loads, with the marks that it begins and ends texts with."""
+    assert call(export, f"checkpoint={saved.step}", f"out={tmp_path / 'out'}", "format=fp32") == 0
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), DeepseekV4ForCausalLM)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    own = sample.Tokenizer(saved.step / "tokenizer.json")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (own.bos_id, own.eos_id) == (0, 1)
+    assert tokenizer.model_max_length == CONFIG.max_position_embeddings
+    for text in ("import os", "left , right .\n", " 'quoted' "):
+        ids = own.encode_batch([text])[0].tolist()
+        assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
 
 
 def test_bf16_keeps_what_is_computed_in_fp32(saved, tmp_path):

@@ -122,14 +122,14 @@ def advance(run: Run) -> None:
     """One step with everything around it: data, log, validation, checkpoint."""
     train, timeline = run.config.train, run.config.timeline
     config = run.config.at(run.step)
-    if run.engine.use(precision := config.precision.at(run.step)):
-        run.report.precision(run.step, precision)
     timer = Timer(run.ranks.device)
     with timer("data"), run.ranks.watch.patient():
         try:
             batch = run.data.train.batch()
         except Damaged as error:  # found by whoever reads it, and not by the other ranks
             raise FailedHere(str(error)) from error
+    if run.engine.use(precision := config.precision.at(run.step)):
+        run.report.precision(run.step, precision)
     logged = train_step(run.engine, batch, config, run.step, run.ranks, timer)
     timing = timer.stop()
     run.step += 1

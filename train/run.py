@@ -33,7 +33,6 @@ from train.metrics import JsonLines, validation_losses
 from train.needle import find_needles, probe_batches, text_tokens
 from train.parallel.context import context_of
 from train.parallel.mesh import Mesh, build_mesh
-from train.phases import Phase
 from train.plot import plot_run
 from train.ranks import Ranks, join
 from train.report import Report
@@ -71,41 +70,39 @@ class Run:
             self.tracker.log(self.step, logged | timing)
 
     def validate(self) -> None:
-        step = max(0, self.step - 1)
-        phase = self.config.timeline.at(step)
-        sequences = max(1, self.config.train.eval_tokens // phase.seq_len)
-        batches = self.data.valid.one_pass(phase.micro_batch * self.mesh.data_world, phase.seq_len, sequences)
+        config = self.config.at(max(0, self.step - 1))
+        rows, length = config.train.micro_batch * self.mesh.data_world, config.train.seq_len
+        batches = self.data.valid.one_pass(rows, length, max(1, config.train.eval_tokens // length))
         found = evaluate(
             self.engine,
             self.ranks.watch.each(batches),
             self.ranks.device,
-            self.config.at(step).attention_mode,
+            config.attention_mode,
             self.ranks.sum,
             look=self.ranks.first,
             sources=self.data.valid.sources,
         )
-        found |= self._needles(phase)
+        found |= self._needles(config)
         if self.ranks.first:
             named = {f"valid_{n}" if n.partition("/")[0] in MEANS else n: x for n, x in found.items()}
             self.logs["metrics"].write(step=self.step, **named)
             self.tracker.log(self.step, named)
             self.report.validation(self.step, found)
 
-    def _needles(self, phase: Phase) -> dict[str, float]:
-        count, mesh = self.config.train.needle, self.mesh
+    def _needles(self, config: RunConfig) -> dict[str, float]:
+        count, length, mesh = config.train.needle, config.train.seq_len, self.mesh
         if not count:
             return {}
         batches = probe_batches(
-            self.data.valid.text(text_tokens(count, phase.seq_len), phase.seq_len),
+            self.data.valid.text(text_tokens(count, length), length),
             count,
-            phase.seq_len,
-            phase.micro_batch,
-            self.config.model.num_nextn_predict_layers,
+            length,
+            config.train.micro_batch,
+            config.model.num_nextn_predict_layers,
             mesh.data_rank,
             mesh.data_world,
         )
-        watched = self.ranks.watch.each(batches)
-        mode = self.config.attention_mode
+        watched, mode = self.ranks.watch.each(batches), config.attention_mode
         return find_needles(self.engine, watched, self.ranks.device, mode, self.ranks.sum)
 
     def save(self) -> None:

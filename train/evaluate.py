@@ -22,7 +22,7 @@ from model.norm import rms_norm, widen
 from model.rope import apply_rope
 from train.engine import Batch, Engine
 
-PARTS = ("lm", "mtp")
+PARTS = ("lm", "mtp", "indexer")
 RECALLS = ("indexer_recall", "indexer_recall_best", "indexer_fp4_recall")
 QUERIES = 2048  # of one layer whose attention is computed in full for the indexer's recall
 LOGIT_BUDGET = 1 << 24  # numbers that such a computation holds at once
@@ -36,8 +36,10 @@ def evaluate(
     mode: AttentionMode,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     look: bool = True,
+    indexer_loss: bool = False,
 ) -> dict[str, float]:
-    """Mean loss in nats of every part over `batches`: next token `lm`, and `mtp` where the model has it.
+    """Mean loss in nats of every part over `batches`: next token `lm`, and `mtp` where the model has it;
+    with `indexer_loss` the indexer's divergence from attention.
 
     `reduce` adds up a 1-D fp64 tensor over ranks, each with batches of its own; it is called once. With
     `look` (on one rank: nothing of it is reduced) also what `watched` finds in the first batch.
@@ -46,7 +48,8 @@ def evaluate(
     found: dict[str, float] = {}
     for number, batch in enumerate(batches):
         with watched(engine.model, found) if look and number == 0 else nullcontext():
-            losses = engine({name: x.to(device) for name, x in batch.items()}, mode=mode).losses
+            batch = {name: x.to(device) for name, x in batch.items()}
+            losses = engine(batch, mode=mode, indexer_loss=indexer_loss).losses
         for i, part in enumerate(PARTS):
             if part in losses:
                 totals[i] += losses[part][0]
@@ -146,12 +149,18 @@ def _recall_into(recalls: dict[str, Tensor], layer: str, attention: Attention) -
     """What to do after `attention._far`: put the recall of its indexer into `recalls[layer]`."""
 
     def see(
-        far: tuple[Tensor, Tensor], x: Tensor, q_latent: Tensor, kv: Tensor, layout: Layout, mode: str
+        far: tuple[Tensor, Tensor, Any],
+        x: Tensor,
+        q_latent: Tensor,
+        kv: Tensor,
+        layout: Layout,
+        mode: str,
+        indexer_loss: bool,
     ) -> None:
-        entries, selected = far
+        entries, selected, _ = far
         slots, indexer = layout.slots[attention.layer_type], attention.indexer
         inputs = x, q_latent, slots, layout.rotations["compress"]
-        if mode == "dense":  # what the indexer would select
+        if mode != "sparse":  # what the indexer would select
             selected = indexer(*inputs)
         if (recall := indexer_recall(attention, q_latent, kv, entries, selected, layout)) is not None:
             if indexer.fp4:

@@ -95,19 +95,19 @@ class Report:
         rate, self.recent = len(self.recent) / sum(self.recent), []
         parts = [f"step {step:>6}", f"loss {logged['lm']:.4f}"]
         parts += [f"mtp {logged['mtp']:.4f}"] if "mtp" in logged else []
-        parts += [
-            f"balance {logged['balance']:.3f}",
-            f"lr {logged['lr']:.2e}",
-            f"norm {logged['grad_norm_model']:.3f}",
-        ]
+        parts += [f"balance {logged['balance']:.3f}"]
+        parts += [f"kl {logged['indexer']:.3f}"] if "indexer" in logged else []
+        norm = logged.get("grad_norm_model", logged.get("grad_norm_indexer", 0.0))  # of what is trained
+        parts += [f"lr {logged['lr']:.2e}", f"norm {norm:.3f}"]
         parts += [f"load {logged['max_load']:.2f}"] if "max_load" in logged else []
         parts += [f"{rate:,.0f} tokens/s"]
         parts += [f"mfu {speed['mfu']:.1%}"] if "mfu" in speed else []
         self._line("  ".join(parts))
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the validation losses, in nats per token."""
+        """Print the validation losses, in nats per token and, of the indexer, per query."""
         text = "  ".join(f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses)
+        text += f"  kl {losses['indexer']:.4f}" if "indexer" in losses else ""
         self._line(f"step {step:>6}  validation  {text}", style="bold")
 
     def precision(self, step: int, now: Precision) -> None:

@@ -26,7 +26,7 @@ from train import checkpoint, recompute
 from train.adapter import BUCKET
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
-from train.evaluate import evaluate
+from train.evaluate import PARTS, evaluate
 from train.export import export
 from train.memory import predict, refuse_if_too_large
 from train.metrics import JsonLines, validation_losses
@@ -79,9 +79,10 @@ class Run:
             self.config.attention_mode,
             self.ranks.sum,
             look=self.ranks.first,
+            indexer_loss=self.config.indexer_loss,
         )
         if self.ranks.first:
-            named = {f"valid_{name}" if name in ("lm", "mtp") else name: x for name, x in found.items()}
+            named = {f"valid_{name}" if name in PARTS else name: x for name, x in found.items()}
             self.logs["metrics"].write(step=self.step, **named)
             self.tracker.log(self.step, named)
             self.report.validation(self.step, found)

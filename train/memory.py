@@ -217,8 +217,10 @@ def _activations(config: RunConfig, mesh: Mesh) -> int:
     """Of the whole model, or where that is less work by kinds of layers: memory is linear in their numbers.
 
     Then the first layer, into which one stream comes, and the last of each kind stand for all: what others
-    keep lies under the peak, which is at the end of forward or soon after. Where little is kept, a first
-    micro-batch's gradients may grow faster than that shrinks: then there is no way around the whole.
+    keep lies under the peak, which is at the end of forward or soon after. (A peak in the last CSA layer's
+    backward lies under less where several layers of one kind follow it: this errs on the safe side.) Where
+    little is kept, a first micro-batch's gradients may grow faster than that shrinks: then there is no way
+    around the whole.
     """
     kinds = list(zip(config.model.layer_types, config.model.mlp_layer_types, strict=True))
     last = {kind: index for index, kind in enumerate(kinds)}
@@ -265,9 +267,8 @@ def micro_batch_peak(
         before = tracker.restart()
         options: dict[str, Any] = {"mode": config.attention_mode, "indexer_loss": config.indexer_loss}
         losses = model(ids, ids, ids, ids, further, **options).losses
-        if "indexer" in losses and "model" not in config.trained_sets:
-            losses = {"indexer": losses["indexer"]}
-        torch.stack([loss for loss, _ in losses.values()]).sum().backward()
+        trained = losses if "model" in config.trained_sets else ("indexer",)
+        torch.stack([losses[part][0] for part in trained]).sum().backward()
     return tracker.peak - before
 
 

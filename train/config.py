@@ -383,16 +383,11 @@ class RunConfig:
 
     def _check_indexer(self) -> None:
         if self.attention_mode == "warmup":
-            layers, weight = self.model.layer_types, self.train.indexer_loss_weight
-            has_one = "compressed_sparse_attention" in layers
+            has_one = "compressed_sparse_attention" in self.model.layer_types
             rule = "sparse or dense without a compressed_sparse_attention layer in model.layer_types"
             _require(has_one, "train.attention_mode", "warmup", rule)
-            _require(
-                weight > 0,
-                "train.indexer_loss_weight",
-                weight,
-                "more than 0 with train.attention_mode=warmup",
-            )
+            weight, rule = self.train.indexer_loss_weight, "more than 0 with train.attention_mode=warmup"
+            _require(weight > 0, "train.indexer_loss_weight", weight, rule)
 
     def _check_vocabulary(self) -> None:
         """Every id that the tokenizer can make has a row in the embedding."""

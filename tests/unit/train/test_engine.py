@@ -211,6 +211,7 @@ def test_warming_up_moves_the_indexer_only(name: str) -> None:
         key: wanted[key] for key in ("lm", "mtp", "balance", "indexer", "grad_norm_indexer")
     }
     assert "grad_norm_model" not in found
+    assert loss_weights(config, 0) == {"indexer": 1.0}  # backward goes through nothing else
     for key, x in engine.state().items():
         kind = key.partition(".")[0]
         if own_of_the_indexer(key):

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import ModelConfig
-from model.indexer import Indexer
-from model.kernels.attention import shared_kv_attention
-from model.layout import COMPRESSED, Layout
+from model.indexer import Compared, Indexer
+from model.kernels.attention import attention_and_mass, shared_kv_attention
+from model.layout import COMPRESSED, SELECTIVE, Layout
 from model.linear import Linear
 from model.norm import RMSNorm, rms_norm
 from model.rope import apply_rope
 
-AttentionMode = Literal["sparse", "dense"]  # CSA attends to the selected, or to all visible entries
+# CSA attends to the selected ("sparse") or to all visible entries; in "warmup" only the indexer learns.
+AttentionMode = Literal["sparse", "dense", "warmup"]
 
 
 def as_it_is(kv: Tensor) -> Tensor:
@@ -58,40 +59,56 @@ class Attention(nn.Module):
         self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, dim, "attention")
         self.sinks = nn.Parameter(torch.empty(heads))
         if layer_type in COMPRESSED:
-            overlap = layer_type == "compressed_sparse_attention"
+            overlap = layer_type == SELECTIVE
             self.compressor = Compressor(dim, channels, config.compress_rates[layer_type], overlap, eps)
             if overlap:
                 self.indexer = Indexer(config)
 
-    def forward(self, x: Tensor, layout: Layout, mode: AttentionMode = "sparse") -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+    def forward(
+        self, x: Tensor, layout: Layout, mode: AttentionMode = "sparse", indexer_loss: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, S, D] -> [B, S, D] and, of CSA where it is asked for, the indexer's loss (`Indexer.loss`)."""
         cos, sin = layout.rotations[self.rope_kind]
         per_head = (cos.unsqueeze(2), sin.unsqueeze(2))
         q_latent = self.q_a_norm(self.q_a_proj(x))  # [B, S, q_lora_rank]
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         q = apply_rope(rms_norm(q, eps=self.eps), per_head)  # [B, S, H, C]
         kv = self.stored(apply_rope(self.kv_norm(self.kv_proj(x)), (cos, sin)))  # [B, S, C]
-        entries, visible = self._far(x, q_latent, kv, layout, mode)
+        entries, visible, compared = self._far(x, q_latent, kv, layout, mode, indexer_loss)
         (kv,) = layout.context.extended(self.window, kv)
-        out = shared_kv_attention(q, kv, entries, visible, self.sinks, layout.positions, self.window)
+        known, loss = (self.sinks, layout.positions, self.window), None
+        if compared is None or entries is None or visible is None:
+            out = shared_kv_attention(q, kv, entries, visible, *known)
+        else:
+            out, mass = attention_and_mass(q, kv, entries, visible, *known)
+            loss = self.indexer.loss(compared, mass, visible, layout.real)
         out = apply_rope(out, per_head, inverse=True)
-        return self.o_b_proj(self.o_a_proj(out.flatten(2)))
+        return self.o_b_proj(self.o_a_proj(out.flatten(2))), loss
 
     def _far(
-        self, x: Tensor, q_latent: Tensor, kv: Tensor, layout: Layout, mode: AttentionMode
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What lies beyond the window: entries [B, T, C] and who sees them [B, S, T]."""
+        self,
+        x: Tensor,
+        q_latent: Tensor,
+        kv: Tensor,
+        layout: Layout,
+        mode: AttentionMode,
+        indexer_loss: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Compared | None]:
+        """What lies beyond the window: entries [B, T, C], who attends to them [B, S, T], and what the indexer
+        compared them by, where it is to learn from that."""
         if self.layer_type == "full_attention":
             kv = layout.context.gather(kv)
             token, start = torch.arange(kv.shape[1], device=kv.device), layout.first.unsqueeze(-1)
-            return kv, (token >= start) & (token <= start + layout.positions.unsqueeze(-1))
+            return kv, (token >= start) & (token <= start + layout.positions.unsqueeze(-1)), None
         if self.layer_type not in COMPRESSED:
-            return None, None
+            return None, None, None
         slots = layout.slots[self.layer_type]
         entries = self.stored(self.compressor(x, slots))
-        if self.layer_type == "compressed_sparse_attention" and mode == "sparse":
-            return entries, self.indexer(x, q_latent, slots, layout.rotations["compress"])
-        return entries, slots.visible()
+        if self.layer_type != SELECTIVE or not (mode == "sparse" or indexer_loss):
+            return entries, slots.visible(), None
+        compared = self.indexer.compare(x, q_latent, slots, layout.rotations["compress"])
+        attended = self.indexer.select(compared, slots) if mode == "sparse" else slots.visible()
+        return entries, attended, compared if indexer_loss else None
 
 
 class GroupedOutput(nn.Module):

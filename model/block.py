@@ -31,7 +31,7 @@ def stream_head(config: ModelConfig) -> nn.Module:
 
 
 class DecoderLayer(nn.Module):
-    """streams [B, S, N, D] -> streams [B, S, N, D] and the routing of its MoE."""
+    """streams [B, S, N, D] -> streams [B, S, N, D], the routing of its MoE, its indexer's loss if any."""
 
     def __init__(self, config: ModelConfig, layer_type: str, mlp_type: str):
         super().__init__()
@@ -48,9 +48,11 @@ class DecoderLayer(nn.Module):
         input_ids: Tensor,
         mode: AttentionMode = "sparse",
         replay: Tensor | None = None,
-    ) -> tuple[Tensor, Routing]:
+        indexer_loss: bool = False,
+    ) -> tuple[Tensor, Routing, Tensor | None]:
         x, mix = self.attn_hc.enter(streams)
-        streams = self.attn_hc.leave(self.self_attn(self.input_layernorm(x), layout, mode), streams, mix)
+        output, loss = self.self_attn(self.input_layernorm(x), layout, mode, indexer_loss)
+        streams = self.attn_hc.leave(output, streams, mix)
         x, mix = self.ffn_hc.enter(streams)
         output, routing = self.mlp(self.post_attention_layernorm(x), input_ids, replay)
-        return self.ffn_hc.leave(output, streams, mix), routing
+        return self.ffn_hc.leave(output, streams, mix), routing, loss

@@ -169,15 +169,15 @@ class Flops:
 def training_flops_per_token(
     config: ModelConfig,
     seq_len: int,
-    attention_mode: Literal["sparse", "dense"] = "sparse",
+    attention_mode: Literal["sparse", "dense", "warmup"] = "sparse",
     indexer_trains: bool = True,
 ) -> Flops:
     """Forward and backward (twice the forward) for one token of a document of `seq_len` tokens.
 
-    `attention_mode` "dense": CSA attends to every visible entry and its indexer rests. Counted are matrix
-    products and the mixing of streams; norms, rotations, softmax, Sinkhorn and the optimizer are not.
-    Recomputation is not counted either: these are the model's FLOPs, as in MFU. An indexer that does not
-    train has no backward.
+    `attention_mode` "dense": CSA attends to every visible entry, and an indexer that does not train rests;
+    in "sparse" mode it has no backward then. "warmup" is dense with a backward of the indexer's only. Counted
+    are matrix products and the mixing of streams; norms, rotations, softmax, Sinkhorn and the optimizer are
+    not, nor what is computed twice: these are the model's FLOPs, as in MFU.
     """
     forward = dict.fromkeys((part.name for part in fields(Flops)), 0.0)
     for layer_type in config.layer_types:
@@ -191,7 +191,8 @@ def training_flops_per_token(
     # e_proj once, h_proj on every stream, one block, its own stream head, the shared output head
     one_mtp = (1 + config.hc_mult) * square + block + collapse + forward["output_head"]
     forward["mtp"] = config.num_nextn_predict_layers * one_mtp
-    passes = dict.fromkeys(forward, 3) | {"indexer": 3 if indexer_trains else 1}
+    passes = dict.fromkeys(forward, 1 if attention_mode == "warmup" else 3)
+    passes["indexer"] = 3 if indexer_trains else int(attention_mode == "sparse")
     return Flops(**{part: passes[part] * flops for part, flops in forward.items()})
 
 
@@ -236,7 +237,7 @@ def _attention_flops(
         # kv_proj and gate_proj; CSA has an a half and a b half of each
         outputs = 2 * (2 if layer_type == CSA else 1)
         yield "compressor", _linear(width, outputs * config.head_dim)
-        if selects:
+        if layer_type == CSA:
             index = config.index_n_heads * config.index_head_dim
             keys = _linear(width, outputs * config.index_head_dim)
             scores = 2 * visible * (index + config.index_n_heads)  # q . k of every head, then w . ReLU

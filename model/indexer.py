@@ -1,27 +1,37 @@
-"""Lightning indexer: which compressed entries each query of a CSA layer attends to.
+"""Lightning indexer: which compressed entries each query of a CSA layer attends to, and how it learns to.
 
 Legend: B batch, S sequence, D hidden, T compressed slots, h index heads, c index channels.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import ModelConfig
-from model.kernels.indexer import select_entries
+from model.kernels.indexer import index_loss, select_entries
 from model.layout import Slots
 from model.linear import Linear
 from model.quant import rotated_fp4
 from model.rope import Rotation, apply_rope
 
 
+class Compared(NamedTuple):
+    """What scores are made of."""
+
+    q: Tensor  # [B, S, h, c]
+    k: Tensor  # [B, T, c]
+    weights: Tensor  # [B, S, h], all scales included
+
+
 class Indexer(nn.Module):
     """Scores entries by sum_h w_h ReLU(q_h . k) with keys from a small compressor of its own.
 
     Queries come from the attention's query latent. The inputs are detached: selection is not
-    differentiable, and a loss on the scores may move the indexer only. V4 report, section 2.3.1.
+    differentiable, and the loss on the scores may move the indexer only. V4 report, section 2.3.1.
     """
 
     fp4 = False  # compare in FP4 and rank in bf16; a precision sets it
@@ -39,6 +49,10 @@ class Indexer(nn.Module):
 
     def forward(self, x: Tensor, q_latent: Tensor, slots: Slots, rotation: Rotation) -> Tensor:
         """x [B, S, D], q_latent [B, S, q_lora_rank] -> mask [B, S, T] of the selected visible entries."""
+        return self.select(self.compare(x, q_latent, slots, rotation), slots)
+
+    def compare(self, x: Tensor, q_latent: Tensor, slots: Slots, rotation: Rotation) -> Compared:
+        """Queries, keys and head weights; rounded where it compares in FP4."""
         x, q_latent = x.detach(), q_latent.detach()
         cos, sin = rotation
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
@@ -47,5 +61,14 @@ class Indexer(nn.Module):
         weights = self.weights_proj(x) * (self.heads * self.channels) ** -0.5
         if self.fp4:
             q, k = rotated_fp4(q), rotated_fp4(k)
+        return Compared(q, k, weights)
+
+    def select(self, compared: Compared, slots: Slots) -> Tensor:
+        """Mask [B, S, T] of the top-k visible entries."""
         ranked_in = torch.bfloat16 if self.fp4 else torch.float32
-        return select_entries(q, k, weights, slots.visible(), self.topk, ranked_in)
+        return select_entries(*compared, slots.visible(), self.topk, ranked_in)
+
+    def loss(self, compared: Compared, mass: Tensor, attended: Tensor, real: Tensor) -> Tensor:
+        """Sum over real queries [B, S] of the divergence from attention's mass [B, S, T] on the `attended`
+        entries (`index_loss`). V4 report, on the indexer's training."""
+        return index_loss(*compared, mass, attended, real)

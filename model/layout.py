@@ -22,7 +22,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.rope import Rotation, inverse_frequencies, rotation
 
-COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
+SELECTIVE = "compressed_sparse_attention"  # whose entries an indexer selects
+COMPRESSED = (SELECTIVE, "heavily_compressed_attention")
 
 
 class WholeSequence:
@@ -92,6 +93,16 @@ def positions_from_documents(document_ids: Tensor) -> Tensor:
     return index - torch.where(border, index, 0).cummax(dim=1).values
 
 
+def entry_readers(config: ModelConfig, positions: Tensor, real: Tensor) -> Tensor:
+    """How many real queries see at least one entry, over all CSA layers: what the indexer's loss counts.
+
+    positions, real [B, S], of whole rows or of any part: the first window of a document is complete at
+    position m - 1.
+    """
+    sees = positions >= config.compress_rates[SELECTIVE] - 1
+    return config.layer_types.count(SELECTIVE) * (sees & real).sum()
+
+
 def build_layout(
     config: ModelConfig,
     positions: Tensor,
@@ -142,7 +153,7 @@ def _build_slots(
     earlier = F.pad(end, (1, 0))[:, :-1:here]  # [B, parts] slots complete before each part
     slot, part = torch.arange(count, device=positions.device), last // here
 
-    overlap, cut = kind == "compressed_sparse_attention", context.size > 1
+    overlap, cut = kind == SELECTIVE, context.size > 1
     halo, lead = (rate * (1 + overlap), int(overlap)) if cut else (0, 0)
     own = torch.arange(-lead, made, device=positions.device) + earlier[:, context.rank, None]
     own = own.clamp(0, count - 1)  # [B, lead + t] slots of this part

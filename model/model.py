@@ -19,7 +19,7 @@ from model.block import DecoderLayer, stream_head
 from model.config import ModelConfig
 from model.fp8 import fp8_expert_mlp, fp8_linear
 from model.indexer import Indexer
-from model.layout import WholeSequence, build_layout, positions_from_documents
+from model.layout import WholeSequence, build_layout, entry_readers, positions_from_documents
 from model.linear import Linear, linear
 from model.loss import TokenScores, linear_cross_entropy, token_cross_entropy
 from model.moe import Experts, MoE, balance_loss, expert_mlp
@@ -39,7 +39,8 @@ def _call(block: Callable[..., Any], *inputs: Any) -> Any:
 class ModelOutput:
     """`losses`: part -> (sum, count), so that uneven ranks and micro-batches add up exactly.
 
-    lm and mtp are sums of nats over labels, balance a sum over layers and real tokens.
+    lm and mtp are sums of nats over labels, balance a sum over layers and real tokens, indexer one of nats
+    over CSA layers and the real queries that see an entry, with their number over layers.
     `expert_indices`: [B, S, K] for every MoE, layers first, then MTP blocks (as `ForCausalLM.moes`).
     `scores`: [B, S] where asked for, of the next token, then of every MTP block's.
     """
@@ -79,6 +80,7 @@ class ForCausalLM(nn.Module):
         *,
         mode: AttentionMode = "sparse",
         replay: Sequence[Tensor | None] | None = None,
+        indexer_loss: bool = False,
         return_logits: bool | None = None,
         return_scores: bool = False,
     ) -> ModelOutput:
@@ -89,6 +91,7 @@ class ForCausalLM(nn.Module):
         documents if absent). `next_ids` [B, S, P]: token t + 2 + k of the same document or -100
         (derived from labels if absent). `replay`: expert indices [B, S, K] to use, one per MoE.
         `return_scores`: losses token by token as well, which then have no gradients.
+        `indexer_loss`: also what the indexers of CSA layers learn from, the only loss that moves them.
 
         Under context parallelism all arguments but `replay` are whole rows; what is computed and returned is
         the part of `self.context`.
@@ -100,13 +103,16 @@ class ForCausalLM(nn.Module):
         layout = build_layout(self.config, position_ids, document_ids, self.context)
         input_ids = self.context.part(input_ids)
         choices = list(replay) if replay is not None else [None] * len(self.moes())
-        routings = []
+        routings, divergences = [], []
         streams = (
             self.embed_tokens(input_ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         )  # [B, S, N, D]
         for layer, choice in zip(self.layers, choices, strict=False):
-            streams, routing = self.around(layer, streams, layout, input_ids, mode, _flat(choice))
+            streams, routing, divergence = self.around(
+                layer, streams, layout, input_ids, mode, _flat(choice), indexer_loss and labels is not None
+            )
             routings.append(routing)
+            divergences += [] if divergence is None else [divergence]
         hidden = self.norm(self.hc_head(streams))  # [B, S, D]
 
         losses: dict[str, LossPart] = {}
@@ -133,6 +139,9 @@ class ForCausalLM(nn.Module):
                 sum(balance, input_ids.new_zeros((), dtype=torch.float32)),
                 layout.real.sum(),
             )
+            if divergences:
+                count = entry_readers(self.config, layout.positions, layout.real)
+                losses["indexer"] = torch.stack(divergences).sum(), count
         wanted = labels is None if return_logits is None else return_logits
         return ModelOutput(
             losses=losses,

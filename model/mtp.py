@@ -36,5 +36,5 @@ class MultiTokenPredictor(nn.Module):
         """streams [B, S, N, D], embedded next tokens [B, S, D], their ids [B, S] ->
         new streams, normed hidden states [B, S, D] for the output head, routing."""
         joined = self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(embedded)).unsqueeze(2)
-        streams, routing = self.block(joined, layout, ids, replay=replay)
+        streams, routing, _ = self.block(joined, layout, ids, replay=replay)
         return streams, self.norm(self.hc_head(streams)), routing

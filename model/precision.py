@@ -56,6 +56,7 @@ def products(precision: Precision, compute: str) -> Iterator[tuple[str, str, str
     yield "compressors", *plain
     yield "indexer: q_b", *linear
     yield "indexer: scores", scores, "none", "none"
+    yield "indexer: scores, to learn", "float32", "float32", "none"
     yield "indexer: head weights", *plain
     yield "routers, hyper-connections", *("float32",) * 3
     yield "routed experts", *expert

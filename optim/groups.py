@@ -11,6 +11,7 @@ import torch
 from configs.errors import ConfigError
 from optim.config import OptimConfig
 
+SETS = ("model", "indexer")  # each has its own gradient norm, learning rate and switch
 Blocks = Callable[[Any, int], tuple[int, ...]]  # (model config, rows of the matrix) -> rows of its blocks
 
 
@@ -19,7 +20,7 @@ class Rule(NamedTuple):
 
     pattern: str
     algorithm: str  # "muon" | "adamw"
-    set: str  # "model" | "indexer": sets have their own gradient norm, learning rate and switch
+    set: str  # one of SETS
     blocks: Blocks
 
 

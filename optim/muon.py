@@ -114,7 +114,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     """Muon and AdamW over the groups of `optim.groups.build_groups`.
 
     Moments are fp32 whatever the parameter's dtype: `momentum` for Muon; `exp_avg`, `exp_avg_sq` and `step`
-    for AdamW. An inactive group is left alone altogether. So is a parameter without a gradient: None says
+    for AdamW. An inactive group is left alone, but its moments exist, zero at first: checkpoints are the same
+    whatever rested when. Left alone, too, is a parameter without a gradient: None says
     that it took no part in this step, and since Newton-Schulz ignores size, old momentum would move it at
     full speed.
     A group's params are whole parameters or, under ZeRO, one flat partition of them; its `views` tell where
@@ -143,6 +144,10 @@ class HybridOptimizer(torch.optim.Optimizer):
                 self._muon_group(group)
             elif group["active"]:
                 self._adamw_group(group)
+            else:
+                for parameter in group["params"]:
+                    for kind in MOMENTS[group["algorithm"]]:
+                        self.moment(parameter, kind)
         return loss
 
     def _muon_group(self, group: dict[str, Any]) -> None:

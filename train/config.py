@@ -16,7 +16,7 @@ from optim.config import OptimConfig
 from optim.schedule import decay_start
 from train.phases import Phase, PhaseConfig, Timeline
 
-AttentionMode = Literal["sparse", "dense"]
+AttentionMode = Literal["sparse", "dense", "warmup"]
 SHORTEST_WITH_NEEDLE = 32  # tokens: half of them text
 DEEPSEEK_V4_IDS = 129_280  # of the released tokenizer, added tokens included
 
@@ -34,7 +34,9 @@ class TrainConfig:
     batch_tokens           tokens of one optimizer step, over all ranks and micro-batches
     seq_len                tokens of one sequence
     micro_batch            sequences of one forward pass on one rank
-    attention_mode         "sparse" (the indexer selects) or "dense" (every visible compressed entry)
+    attention_mode         "sparse" (the indexer selects), "dense" (every visible compressed entry), "warmup"
+                           (as dense, and nothing but the indexer is trained)
+    indexer_loss_weight    of the indexer's divergence from attention, in nats per query; 0: it is not trained
     mtp_loss_weight        of multi-token prediction, until the learning rate starts to decay
     mtp_decay_loss_weight  the same from there on
     bias_update_rate       step of the routers' load-balancing bias
@@ -59,6 +61,7 @@ class TrainConfig:
     micro_batch: int
     seed: int = 0
     attention_mode: str = "sparse"
+    indexer_loss_weight: float = 1.0
     mtp_loss_weight: float = 0.3
     mtp_decay_loss_weight: float = 0.1
     bias_update_rate: float = 0.001
@@ -91,9 +94,10 @@ class TrainConfig:
         self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
         for key in ("sample_tokens", "keep_every", "needle"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
-        for key in ("mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
+        for key in ("indexer_loss_weight", "mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
             self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")
-        self._check("attention_mode", self.attention_mode in ("sparse", "dense"), "sparse or dense")
+        modes = self.attention_mode in ("sparse", "dense", "warmup")
+        self._check("attention_mode", modes, "sparse, dense or warmup")
         recompute = self.recompute in ("none", "selective", "full")
         self._check("recompute", recompute, "none, selective or full")
         self._check("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
@@ -263,8 +267,10 @@ class RunConfig:
         for phase in self.timeline:
             self._check_lengths(phase)
             self._check_weights(phase)
+            self._check_whole(phase)
         self._check_vocabulary()
         self._check_rotation()
+        self._check_indexer()
         decay_start(self.train.steps, self.optim)  # raises when warm-up and decay do not fit into the run
         if self.resume not in (None, "auto"):
             exists = Path(str(self.resume)).is_dir()
@@ -273,6 +279,19 @@ class RunConfig:
     @property
     def attention_mode(self) -> AttentionMode:
         return cast(AttentionMode, self.train.attention_mode)  # checked by TrainConfig
+
+    @property
+    def trained_sets(self) -> tuple[str, ...]:
+        """The sets of parameters (`optim.groups`) that a step updates; the indexer's where it has a loss."""
+        if self.attention_mode == "warmup":
+            return ("indexer",)
+        has_one = "compressed_sparse_attention" in self.model.layer_types
+        return ("model", "indexer") if has_one and self.train.indexer_loss_weight else ("model",)
+
+    @property
+    def indexer_loss(self) -> bool:
+        """Whether the indexer's loss is computed."""
+        return "indexer" in self.trained_sets
 
     @property
     def recompute(self) -> str:
@@ -380,13 +399,27 @@ class RunConfig:
         rule = f"parallel.cp · {name} = {parts * least} or more"
         _require(seq_len >= parts * least, key, seq_len, rule)
 
+    def _check_whole(self, phase: Phase) -> None:
+        """A phase is possible by itself."""
+        try:
+            if phase.name:
+                self.during(phase)
+        except ConfigError as error:
+            raise ConfigError(f"phases.{phase.name}: {error}") from None
+
     def _check_rotation(self) -> None:
         channels = self.model.index_head_dim
-        names = [phase.changes.get("precision", self.precision.name) for phase in self.timeline]
-        rounded = self.precision.fp4_indexer or "fp4_qat" in names
-        possible = not rounded or channels & (channels - 1) == 0
+        possible = not self.precision.fp4_indexer or channels & (channels - 1) == 0
         rule = "a power of two with precision.fp4_indexer=true"
         _require(possible, "model.index_head_dim", channels, rule)
+
+    def _check_indexer(self) -> None:
+        if self.attention_mode == "warmup":
+            has_one = "compressed_sparse_attention" in self.model.layer_types
+            rule = "sparse or dense without a compressed_sparse_attention layer in model.layer_types"
+            _require(has_one, "train.attention_mode", "warmup", rule)
+            weight, rule = self.train.indexer_loss_weight, "more than 0 with train.attention_mode=warmup"
+            _require(weight > 0, "train.indexer_loss_weight", weight, rule)
 
     def _check_vocabulary(self) -> None:
         """Every id that the tokenizer can make has a row in the embedding."""

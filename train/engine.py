@@ -8,7 +8,7 @@ one process in plain torch and the reference; `train.zero.ZeroEngine` is DeepSpe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from model.kernels.cast import fp4_values
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from model.precision import Precision
 from optim.config import OptimConfig
-from optim.groups import build_groups, set_active
+from optim.groups import SETS, build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
 from optim.partition import is_expert
 from optim.schedule import set_lr
@@ -69,6 +69,14 @@ class Engine(ABC):
         self.model.use(precision)
         self._copy_masters()
         return True
+
+    def activate(self, sets: Collection[str]) -> None:
+        """Update the parameters of these sets only (`optim.groups`), from now on.
+
+        Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
+        """
+        for name in SETS:
+            set_active(self.optimizer.param_groups, name, name in sets)
 
     @torch.no_grad()
     def step(self, lr: float, measure: bool = False) -> dict[str, Tensor]:
@@ -213,8 +221,7 @@ class TorchEngine(Engine):
         self.optimizer = HybridOptimizer(build_groups(self.masters.items(), model.config, config))
         if compiled:
             compile_hot_parts(self.model)
-        # Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
-        set_active(self.optimizer.param_groups, "indexer", False)
+        self.activate(("model",))
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         loss.backward()

@@ -26,8 +26,8 @@ from model.rope import apply_rope
 from train.engine import Batch, Engine
 from train.tally import POSITIONS, Tally, position_group
 
-PARTS = ("lm", "mtp")
-MEANS = ("lm", "mtp", "accuracy", "mtp_accuracy")  # metrics of these names get the prefix valid_
+PARTS = ("lm", "mtp", "indexer")
+MEANS = (*PARTS, "accuracy", "mtp_accuracy")  # metrics of these names get the prefix valid_
 RECALLS = ("indexer_recall", "indexer_recall_best", "indexer_fp4_recall")
 QUERIES = 2048  # of one layer whose attention is computed in full for the indexer's recall
 LOGIT_BUDGET = 1 << 24  # numbers that such a computation holds at once
@@ -41,11 +41,13 @@ def evaluate(
     mode: AttentionMode,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     look: bool = True,
+    indexer_loss: bool = False,
     sources: Sequence[str] = (),
 ) -> dict[str, float]:
     """Means over the labels of `batches`, which are `data.loader.Loader.one_pass`'s of these `sources`:
 
     lm, mtp                  loss in nats of the next token, and of MTP blocks where the model has them
+    indexer                  with `indexer_loss`, the divergence of the indexer from attention, in nats
     lm/<source>, lm/at_<n>   of the next token by source, if there are several, and by `position_group`
     accuracy, mtp_accuracy   share of labels that are the likeliest token
 
@@ -59,7 +61,7 @@ def evaluate(
         inputs = {name: x.to(device) for name, x in batch.items()}
         source = inputs.pop("sources", None)
         with watched(engine.model, found) if look and number == 0 else nullcontext():
-            output = engine(inputs, mode=mode, return_scores=True)
+            output = engine(inputs, mode=mode, indexer_loss=indexer_loss, return_scores=True)
         losses = output.losses
         _count(tallies, output.scores, engine.model.context.part(inputs["position_ids"]), source)
         for i, part in enumerate(PARTS):
@@ -181,12 +183,18 @@ def _recall_into(recalls: dict[str, Tensor], layer: str, attention: Attention) -
     """What to do after `attention._far`: put the recall of its indexer into `recalls[layer]`."""
 
     def see(
-        far: tuple[Tensor, Tensor], x: Tensor, q_latent: Tensor, kv: Tensor, layout: Layout, mode: str
+        far: tuple[Tensor, Tensor, Any],
+        x: Tensor,
+        q_latent: Tensor,
+        kv: Tensor,
+        layout: Layout,
+        mode: str,
+        indexer_loss: bool,
     ) -> None:
-        entries, selected = far
+        entries, selected, _ = far
         slots, indexer = layout.slots[attention.layer_type], attention.indexer
         inputs = x, q_latent, slots, layout.rotations["compress"]
-        if mode == "dense":  # what the indexer would select
+        if mode != "sparse":  # what the indexer would select
             selected = indexer(*inputs)
         if (recall := indexer_recall(attention, q_latent, kv, entries, selected, layout)) is not None:
             if indexer.fp4:

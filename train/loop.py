@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.errors import ConfigError
 from data.shards import Damaged
 from model.flops import training_flops_per_token
+from model.layout import entry_readers
 from model.moe import expert_loads, update_bias
 from optim.schedule import decay_start, lr_at
 from train.config import RunConfig
@@ -36,7 +37,8 @@ def train_step(
     timer = timer or Timer(ranks.device)
     weights, lr = loss_weights(config, step), lr_at(step, config.train.steps, config.optim)
     part, moes = engine.model.context.part, engine.model.moes()
-    counts = label_counts({name: part(x) for name, x in batch.items()}, ranks)
+    counts = label_counts({name: part(x) for name, x in batch.items()}, config, ranks)
+    engine.activate(config.trained_sets)
     loads = torch.zeros(
         len(moes), config.model.n_routed_experts, dtype=torch.int64, device=ranks.device
     )  # [MoE, E]
@@ -49,9 +51,10 @@ def train_step(
         look = measured and number == 1 and engine.precision.fp8
         with observed(engine.model, engine.precision, rounding) if look else nullcontext():
             with timer("forward"):
-                output = engine(micro, mode=config.attention_mode)
+                output = engine(micro, mode=config.attention_mode, indexer_loss=config.indexer_loss)
                 parts = {part: output.losses[part][0] / count for part, count in counts.items()}
-                loss = torch.stack([weights[part] * mean for part, mean in parts.items()]).sum()
+                weighted = [weight * parts[part] for part, weight in weights.items() if part in parts]
+                loss = torch.stack(weighted).sum()
             with timer("backward"):
                 engine.backward(loss, last=number == len(micros))
         sums += torch.stack(list(parts.values())).detach()
@@ -62,31 +65,38 @@ def train_step(
     ranks.sum(sums)
     ranks.sum(loads)
     learned = [(moe.gate, load) for moe, load in zip(moes, loads, strict=True) if not moe.gate.is_hash]
-    for gate, load in learned:
+    for gate, load in learned if "model" in config.trained_sets else ():
         update_bias(gate.e_score_correction_bias, load, config.train.bias_update_rate)
     logged = {**dict(zip(counts, sums, strict=True)), **norms, **expert_metrics(engine.model, list(loads))}
     return {"lr": lr, **floats(logged), **fp8_metrics(rounding, ranks.sum)}
 
 
-def label_counts(batch: Batch, ranks: Ranks) -> dict[str, int]:
-    """How many labels or tokens each loss part is the mean over, in the step of all ranks."""
+def label_counts(batch: Batch, config: RunConfig, ranks: Ranks) -> dict[str, int]:
+    """How many labels, tokens or queries each loss part is the mean over, in the step of all ranks."""
+    real = batch["document_ids"] >= 0
     counts = {
         "lm": (batch["labels"] != -100).sum(),
         "mtp": (batch["next_ids"] != -100).sum(),
-        "balance": (batch["document_ids"] >= 0).sum(),
+        "balance": real.sum(),
     }
     if not batch["next_ids"].shape[-1]:
         del counts["mtp"]
+    if config.indexer_loss:
+        counts["indexer"] = entry_readers(config.model, batch["position_ids"], real)
     total = ranks.sum(torch.stack(list(counts.values())).to(ranks.device))
     return dict(zip(counts, total.clamp(min=1).tolist(), strict=True))
 
 
 def loss_weights(config: RunConfig, step: int) -> dict[str, float]:
-    """Weights of the loss parts; MTP's falls when the learning rate starts to decay (V4 report)."""
+    """Weights of the loss parts that are trained on; MTP's falls when the learning rate starts to decay (V4
+    report)."""
     train = config.train
+    indexer = {"indexer": train.indexer_loss_weight}
+    if "model" not in config.trained_sets:
+        return indexer
     decaying = step >= decay_start(train.steps, config.optim)
     mtp = train.mtp_decay_loss_weight if decaying else train.mtp_loss_weight
-    return {"lm": 1.0, "mtp": mtp, "balance": config.model.router_aux_loss_coef}
+    return {"lm": 1.0, "mtp": mtp, "balance": config.model.router_aux_loss_coef, **indexer}
 
 
 def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
@@ -134,7 +144,9 @@ def advance(run: Run) -> None:
     timing = timer.stop()
     run.step += 1
     tokens = timeline.tokens(run.step)
-    flops = training_flops_per_token(config.model, config.train.seq_len, config.attention_mode, False).total
+    flops = training_flops_per_token(
+        config.model, config.train.seq_len, config.attention_mode, config.indexer_loss
+    ).total
     timing["tokens_per_s"] = (tokens - timeline.tokens(run.step - 1)) / timing["seconds/step"]
     if peak := peak_flops(run.ranks.device):
         timing["mfu"] = flops * timing["tokens_per_s"] / (peak * run.ranks.world)

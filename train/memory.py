@@ -49,7 +49,7 @@ class Memory:
     masters      fp32; under ZeRO this rank's partition of all, else copies of narrower weights and of
                  experts that compute in FP4
     gradients    fp32 sums over the micro-batches of a step
-    moments      one number of Muon, two of AdamW; the indexer does not train and has none
+    moments      one number of Muon, two of AdamW, of what rests, too
     activations  the most that one micro-batch adds: what backward needs, and temporaries
     scratch      the most that the optimizer's step adds
     buffers      of ZeRO's reduction and of libraries
@@ -150,13 +150,13 @@ def _torch_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str
     experts = sum(p.numel() for name, p in model.named_parameters() if is_expert(name))
     apart = narrow if dtype.itemsize < 4 else experts * config.fp4_experts
     groups = build_groups(model.named_parameters(), model.config, config.optim)
-    trained = [group for group in groups if group["set"] == "model"]  # the indexer is switched off
-    sizes = [sum(p.numel() for p in group["params"]) for group in trained]
+    trained = [group for group in groups if group["set"] in config.trained_sets]
+    sizes = {id(group): sum(p.numel() for p in group["params"]) for group in groups}
     return {
         "weights": 4 * (every - narrow) + dtype.itemsize * narrow,
         "masters": 4 * apart,
-        "gradients": 4 * sum(sizes),
-        "moments": sum(_moments(group) * size for group, size in zip(trained, sizes, strict=True)),
+        "gradients": 4 * sum(sizes[id(group)] for group in trained),
+        "moments": sum(_moments(group) * sizes[id(group)] for group in groups),
         "scratch": max(_scratch(group, whole_views(group)) for group in trained),
         "buffers": 0,
         "build": 4 * every,
@@ -173,7 +173,7 @@ def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str,
     scratch = slices = owned = 0
     for group, layout in zip(groups, layouts, strict=True):
         own, whole = layout.size, layout.size * group["sharing"].size
-        trains = group["set"] == "model"
+        trains = group["set"] in config.trained_sets
         found["masters"] += 4 * own
         if group["name"] == SHARDED:
             part = -(-(whole - layout.filler) // mesh.zero_size)
@@ -187,9 +187,9 @@ def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str,
                 found["buffers"] += 4 * numbers
             if group["holders"] > 1:  # added up over those who repeat the update
                 scratch = max(scratch, 4 * own)
+        most = max(layout.views, key=lambda views: sum(view.piece.numel for view in views))
+        found["moments"] += _moments(group) * own
         if trains:
-            most = max(layout.views, key=lambda views: sum(view.piece.numel for view in views))
-            found["moments"] += _moments(group) * sum(view.piece.numel for view in most)
             scratch = max(scratch, _scratch(group, most))
     found["gradients"] += 4 * slices
     found["scratch"] = 4 * owned + max(scratch, 4 * (slices + owned) if slices else 0)  # to the owners
@@ -198,7 +198,7 @@ def _zero_states(model: ForCausalLM, config: RunConfig, mesh: Mesh) -> dict[str,
 
 
 def _moments(group: dict[str, Any]) -> int:
-    """Bytes for a number that trains."""
+    """Bytes for a number."""
     return 4 if group["algorithm"] == "muon" else 8
 
 
@@ -217,8 +217,10 @@ def _activations(config: RunConfig, mesh: Mesh) -> int:
     """Of the whole model, or where that is less work by kinds of layers: memory is linear in their numbers.
 
     Then the first layer, into which one stream comes, and the last of each kind stand for all: what others
-    keep lies under the peak, which is at the end of forward or soon after. Where little is kept, a first
-    micro-batch's gradients may grow faster than that shrinks: then there is no way around the whole.
+    keep lies under the peak, which is at the end of forward or soon after. (A peak in the last CSA layer's
+    backward lies under less where several layers of one kind follow it: this errs on the safe side.) Where
+    little is kept, a first micro-batch's gradients may grow faster than that shrinks: then there is no way
+    around the whole.
     """
     kinds = list(zip(config.model.layer_types, config.model.mlp_layer_types, strict=True))
     last = {kind: index for index, kind in enumerate(kinds)}
@@ -263,8 +265,10 @@ def micro_batch_peak(
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(take)
         before = tracker.restart()
-        output = model(ids, ids, ids, ids, further, mode=config.attention_mode)
-        torch.stack([loss for loss, _ in output.losses.values()]).sum().backward()
+        options: dict[str, Any] = {"mode": config.attention_mode, "indexer_loss": config.indexer_loss}
+        losses = model(ids, ids, ids, ids, further, **options).losses
+        trained = losses if "model" in config.trained_sets else ("indexer",)
+        torch.stack([losses[part][0] for part in trained]).sum().backward()
     return tracker.peak - before
 
 

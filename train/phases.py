@@ -11,7 +11,7 @@ from typing import Any
 from configs.errors import ConfigError
 from model.precision import NAMED
 
-ATTENTION_MODES = ("dense", "sparse")
+ATTENTION_MODES = ("dense", "warmup", "sparse")
 CHANGES = ("attention_mode", "lr", "mtp_loss_weight", "precision")  # keys of a phase that are others' as well
 
 

@@ -96,11 +96,10 @@ class Report:
         rate, self.recent = len(self.recent) / sum(self.recent), []
         parts = [f"step {step:>6}", f"loss {logged['lm']:.4f}"]
         parts += [f"mtp {logged['mtp']:.4f}"] if "mtp" in logged else []
-        parts += [
-            f"balance {logged['balance']:.3f}",
-            f"lr {logged['lr']:.2e}",
-            f"norm {logged['grad_norm_model']:.3f}",
-        ]
+        parts += [f"balance {logged['balance']:.3f}"]
+        parts += [f"kl {logged['indexer']:.3f}"] if "indexer" in logged else []
+        norm = logged.get("grad_norm_model", logged.get("grad_norm_indexer", 0.0))  # of what is trained
+        parts += [f"lr {logged['lr']:.2e}", f"norm {norm:.3f}"]
         parts += [f"load {logged['max_load']:.2f}"] if "max_load" in logged else []
         parts += [f"{rate:,.0f} tokens/s"]
         parts += [f"mfu {speed['mfu']:.1%}"] if "mfu" in speed else []
@@ -109,6 +108,7 @@ class Report:
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """Print the validation losses, in nats per token, and how often the next token is the likeliest."""
         parts = [f"{part} {losses[part]:.4f}" for part in ("lm", "mtp") if part in losses]
+        parts += [f"kl {losses['indexer']:.4f}"] if "indexer" in losses else []
         shares = {"accuracy": "accuracy", "needle_accuracy": "needle"}
         parts += [f"{word} {losses[name]:.1%}" for name, word in shares.items() if name in losses]
         self._line(f"step {step:>6}  validation  {'  '.join(parts)}", style="bold")

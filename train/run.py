@@ -80,6 +80,7 @@ class Run:
             config.attention_mode,
             self.ranks.sum,
             look=self.ranks.first,
+            indexer_loss=config.indexer_loss,
             sources=self.data.valid.sources,
         )
         found |= self._needles(config)

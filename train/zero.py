@@ -27,7 +27,7 @@ from model.init import fill, fill_buffers
 from model.kernels.cast import fp4_values
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from optim.config import OptimConfig
-from optim.groups import build_groups, set_active
+from optim.groups import build_groups
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
 from optim.partition import Layout, is_expert, lay_out, whole_views
 from train.adapter import before_gathering, initialize, round_reduction
@@ -93,8 +93,7 @@ class ZeroEngine(Engine):
             round_reduction(self.zero, self.mesh.experts)
         if compiled:
             compile_hot_parts(self.model)
-        # Selection is not differentiable: without a loss of its own the indexer has nothing to learn from.
-        set_active(self.optimizer.param_groups, "indexer", False)
+        self.activate(("model",))
 
     def __call__(self, batch: Batch, **options: Any) -> ModelOutput:
         if not torch.is_grad_enabled():

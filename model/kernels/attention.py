@@ -10,6 +10,8 @@ Legend: B batch, S sequence, W window, n blocks of W queries, T compressed slots
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from model.norm import widen
 
 LOGIT_BUDGET = 1 << 28  # attention logits that a layer holds at once; beyond it backward recomputes them
+Output = tuple[Tensor, Tensor | None]  # of blocks of queries: [B, n, W, H, C] and the mass [B, n, W, T]
 
 
 def shared_kv_attention(
@@ -36,6 +39,32 @@ def shared_kv_attention(
     document (the window never reaches before position 0); `window` 0 attends to entries only. No
     [B, S, H, S] exists: beyond LOGIT_BUDGET blocks of queries go in turn.
     """
+    return _in_blocks(q, kv, entries, visible, sinks, positions, window, with_mass=False)[0]
+
+
+def attention_and_mass(
+    q: Tensor, kv: Tensor, entries: Tensor, visible: Tensor, sinks: Tensor, positions: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """The same, and what each query gives to each entry: sum_h p_tj, [B, S, T] in fp32 or wider.
+
+    The mass is taken before p is rounded to q's dtype, and carries no gradient.
+    """
+    out, mass = _in_blocks(q, kv, entries, visible, sinks, positions, window, with_mass=True)
+    assert mass is not None
+    return out, mass
+
+
+def _in_blocks(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None,
+    visible: Tensor | None,
+    sinks: Tensor,
+    positions: Tensor,
+    window: int,
+    with_mass: bool,
+) -> Output:
+    """Output [B, S, H, C] and, where asked for, mass [B, S, T]."""
     batch, length, heads, channels = q.shape
     if entries is None or visible is None:
         entries, visible = (
@@ -55,25 +84,26 @@ def shared_kv_attention(
     per_block = batch * block * heads * (near.shape[2] + entries.shape[1] + 1)
     at_once = max(1, LOGIT_BUDGET // per_block)
     if at_once >= blocks:
-        out = _attend(q, near, entries, visible, sinks, positions)
+        out, mass = _attend(q, near, entries, visible, sinks, positions, with_mass)
     else:
         chunks = zip(*(x.split(at_once, 1) for x in (q, near, visible, positions)), strict=True)
-        out = torch.cat(
-            [
-                checkpoint(
-                    _attend, qc, nc, entries, vc, sinks, pc, use_reentrant=False, preserve_rng_state=False
-                )
-                for qc, nc, vc, pc in chunks
-            ],
-            dim=1,
-        )
-    return out.flatten(1, 2)[:, :length]
+        again = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
+        parts = [again(qc, nc, entries, vc, sinks, pc, with_mass) for qc, nc, vc, pc in chunks]
+        out = torch.cat([out for out, _ in parts], dim=1)
+        mass = torch.cat([mass for _, mass in parts], dim=1) if with_mass else None
+    return out.flatten(1, 2)[:, :length], None if mass is None else mass.flatten(1, 2)[:, :length]
 
 
 def _attend(
-    q: Tensor, near: Tensor, entries: Tensor, visible: Tensor, sinks: Tensor, positions: Tensor
-) -> Tensor:
-    """Blocks of queries [B, n, W, H, C] against their 2W near tokens and all T entries -> [B, n, W, H, C]."""
+    q: Tensor,
+    near: Tensor,
+    entries: Tensor,
+    visible: Tensor,
+    sinks: Tensor,
+    positions: Tensor,
+    with_mass: bool,
+) -> Output:
+    """Blocks of queries [B, n, W, H, C] against their 2W near tokens and all T entries."""
     batch, blocks, block, heads, channels = q.shape
     far = visible.shape[-1]
     near_logits = _scaled_product(q.reshape(batch * blocks, block * heads, channels), near.flatten(0, 1))
@@ -83,12 +113,13 @@ def _attend(
     allowed = torch.cat((near_mask, visible), dim=-1).unsqueeze(3)
     logits = widen(torch.cat((near_logits, far_logits), dim=-1)).masked_fill(~allowed, -torch.inf)
     sink = widen(sinks).view(1, 1, 1, heads, 1).expand(batch, blocks, block, heads, 1)
-    p = torch.cat((logits, sink), dim=-1).softmax(dim=-1).to(q.dtype)  # the sink only takes mass
-    near_p, far_p, _ = p.split([near.shape[2], far, 1], dim=-1)
+    exact = torch.cat((logits, sink), dim=-1).softmax(dim=-1)  # the sink only takes mass
+    mass = exact.detach()[..., near.shape[2] : -1].sum(dim=3) if with_mass else None
+    near_p, far_p, _ = exact.to(q.dtype).split([near.shape[2], far, 1], dim=-1)
     out = (near_p.flatten(2, 3) @ near).flatten(1, 2) + (far_p.flatten(1, 3) @ entries).unflatten(
         1, (blocks, -1)
     ).flatten(1, 2)
-    return out.view(batch, blocks, block, heads, channels)
+    return out.view(batch, blocks, block, heads, channels), mass
 
 
 def _scaled_product(q: Tensor, k: Tensor) -> Tensor:

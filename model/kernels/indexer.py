@@ -2,17 +2,24 @@
 
     score(t, s) = sum_h w_th * ReLU(q_th . k_s)
 
+It learns to score as attention does, which gives an entry the mass m_ts, summed over its heads:
+
+    loss = sum_t KL(m_t / sum_s m_ts || softmax_s score(t, s))    over the entries s that query t attends to
+
 Legend: B batch, S sequence, T compressed slots, h index heads, c index channels.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.norm import widen
 
-SCORE_BUDGET = 1 << 26  # elements of per-head scores alive at once
+SCORE_BUDGET = 1 << 26  # elements of per-head scores alive at once; beyond it backward recomputes them
 
 
 def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
@@ -57,3 +64,31 @@ def select_entries(
     return torch.cat(
         [keep_best(index_scores(qc, k, wc).to(ranked_in), vc, topk) for qc, wc, vc in parts], dim=1
     )
+
+
+def index_loss(q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tensor, real: Tensor) -> Tensor:
+    """Sum in nats over real queries [B, S] of KL(attention || softmax of scores), a 0-d tensor.
+
+    q, k and weights as for `index_scores`, here multiplied in fp32 or wider; mass [B, S, T] that attention
+    gives to the entries `attended` [B, S, T] by each query, 0 to others. Queries without an entry add
+    nothing. Beyond SCORE_BUDGET chunks of queries go in turn.
+    """
+    q, k, weights = widen(q), widen(k), widen(weights)
+    chunk = max(1, SCORE_BUDGET // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
+    if chunk >= q.shape[1]:
+        return _divergence(q, k, weights, mass, attended, real)
+    parts = zip(*(x.split(chunk, 1) for x in (q, weights, mass, attended, real)), strict=True)
+    again = partial(checkpoint, _divergence, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(qc, k, wc, mc, ac, rc) for qc, wc, mc, ac, rc in parts]).sum()
+
+
+def _divergence(
+    q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tensor, real: Tensor
+) -> Tensor:
+    """`index_loss` of all its queries at once. Without any mass a query has no teacher, and no loss."""
+    mass = mass.masked_fill(~real.unsqueeze(-1), 0)
+    teacher = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)  # [B, S, T]
+    scores = index_scores(q, k, weights)
+    # A finite number in place of -inf: where nothing is attended 0 times it is 0.
+    log_student = scores.masked_fill(~attended, torch.finfo(scores.dtype).min).log_softmax(-1)
+    return (torch.xlogy(teacher, teacher) - teacher * log_student).sum()

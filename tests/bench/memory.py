@@ -77,9 +77,11 @@ def stages(
     mesh = make_mesh(config, ranks)
     yield "build", lambda: engines.append(build_engine(config, ranks.device, mesh))
     (engine,) = engines
+    engine.activate(config.trained_sets)
 
     def micro_batch(last: bool) -> None:
-        output = engine(random_batch(config, ranks.device), mode=config.attention_mode)
+        options: dict[str, Any] = {"mode": config.attention_mode, "indexer_loss": config.indexer_loss}
+        output = engine(random_batch(config, ranks.device), **options)
         engine.backward(torch.stack([loss for loss, _ in output.losses.values()]).sum(), last)
 
     for step in range(1, steps + 1):

@@ -123,7 +123,7 @@ def main() -> None:
                 f"train.compile={str(args.compile).lower()}",
             ]
         )
-        flops = training_flops_per_token(config.model, args.seq_len, indexer_trains=False).total
+        flops = training_flops_per_token(config.model, args.seq_len, indexer_trains=config.indexer_loss).total
         sides = [("fourfold", fourfold)] + ([] if args.no_peer else [("transformers", peer)])
         for name, side in sides:
             result: dict[str, Any] = {

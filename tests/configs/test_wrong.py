@@ -62,7 +62,8 @@ WRONG: dict[str, list[str]] = {
     # values out of range
     "train.steps=0": ["train.steps", "1 or more"],
     "train.device=tpu": ["train.device", "auto, cpu or cuda"],
-    "train.attention_mode=full": ["train.attention_mode", "sparse or dense"],
+    "train.attention_mode=full": ["train.attention_mode", "sparse, dense or warmup"],
+    "train.indexer_loss_weight=-1": ["train.indexer_loss_weight", "0 or more"],
     "train.mtp_loss_weight=inf": ["train.mtp_loss_weight", "finite"],
     "precision.compute_dtype=float16": ["precision.compute_dtype", "float32 or bfloat16"],
     "run.name=a/b": ["run.name", "run.dir"],

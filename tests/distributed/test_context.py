@@ -54,8 +54,10 @@ def losses_and_gradients(
     model: ForCausalLM, batch: dict[str, Tensor], mode: AttentionMode
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Sums and counts of all loss parts, chosen experts, gradients of a weighted sum."""
-    out = model(**batch, mode=mode)
-    sum(w * out.losses[part][0] for w, part in zip((1.0, 0.3, 0.1), out.losses, strict=True)).backward()
+    out = model(**batch, mode=mode, indexer_loss=True)
+    weights = {"lm": 1.0, "mtp": 0.3, "balance": 0.1, "indexer": 0.5}
+    assert out.losses.keys() == weights.keys()
+    sum(weights[part] * loss for part, (loss, _) in out.losses.items()).backward()
     values = torch.stack(
         [torch.stack([x.double() for x in part]) for part in out.losses.values()]
     ).detach()  # [parts, 2]

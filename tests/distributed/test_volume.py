@@ -48,7 +48,8 @@ CALLERS = {  # the innermost of these functions says what for
     "ZeroEngine._sum_over_ranks": "other",
     "Ranks.sum": "other",
 }
-Case = dict[str, Any]  # keys of `parallel`, and those of `train` and `precision` below
+TRAIN = ("recompute", "attention_mode", "indexer_loss_weight")
+Case = dict[str, Any]  # keys of `parallel`, these of `train`, and those of others below
 CASES: dict[int, list[Case]] = {
     2: [
         {"zero_stage": 1, "micro_batch": 1},
@@ -56,14 +57,17 @@ CASES: dict[int, list[Case]] = {
         {"ep": 2, "recompute": "selective"},
         {"cp": 2, "recompute": "full"},
         {"cp": 2, "ep": 2, "zero_stage": 1, "attention_mode": "dense"},
+        {"cp": 2, "attention_mode": "dense", "indexer_loss_weight": 0.0},
+        {"cp": 2, "ep": 2, "attention_mode": "warmup"},
         {"shard_dense": True, "recompute": "full"},
         {"cp": 2, "ep": 2, "compute_dtype": "bfloat16", "recompute": "selective"},
     ],
     4: [
         {"zero_ranks": 2},
-        {"ep": 2, "expert_gradients": "bfloat16", "zero_stage": 1},
+        {"ep": 2, "expert_gradients": "bfloat16", "zero_stage": 1, "indexer_loss_weight": 0.0},
         {"ep": 4, "recompute": "full"},
         {"cp": 2, "ep": 2, "zero_ranks": 1},
+        {"zero_ranks": 2, "zero_stage": 1, "attention_mode": "warmup"},
         {"cp": 4, "layers": "scf"},
         {"ep": 2, "zero_ranks": 2, "shard_dense": True, "recompute": "full", "compute_dtype": "bfloat16"},
     ],
@@ -116,7 +120,7 @@ def config_of(case: Case, world: int) -> RunConfig:
     take their share."""
     case = dict(case)
     layers, dtype = case.pop("layers", "schf"), case.pop("compute_dtype", "float32")
-    train = {key: case.pop(key) for key in ("recompute", "attention_mode") if key in case}
+    train = {key: case.pop(key) for key in TRAIN if key in case}
     micro = case.pop("micro_batch", 2)
     sequences = {1: 4, 2: 8, 4: 12 + 2 * (micro == 2)}[world // case.get("cp", 1)]
     base = run_config(batch_rows=sequences, micro=micro, length=LENGTH)

@@ -30,7 +30,7 @@ from train.zero import SHARDED, ZeroEngine
 MODULE = "tests.distributed.test_zero"
 LENGTH = 72
 ROWS = [[72], [17, 23, 20], [5], [12, 9, 19, 24], [31, 8, 25], [1, 63, 8], [3, 3], [26, 33]]
-LOSSES = ("lm", "mtp", "balance")
+LOSSES = ("lm", "mtp", "balance", "indexer")
 
 
 class Case(NamedTuple):
@@ -43,6 +43,7 @@ class Case(NamedTuple):
     dense: bool = False
     recompute: str = "none"
     precision: dict[str, bool] = {}  # noqa: RUF012
+    mode: str = "sparse"
 
 
 def skewed_model(config: ModelConfig) -> ForCausalLM:
@@ -120,13 +121,22 @@ def three_steps(engine: Engine, batch: Batch, config: RunConfig, ranks: Ranks, c
     return Steps(logged, seen[0], engine.state())
 
 
+def held(state: dict[str, Tensor]) -> Tensor:
+    """Numbers of every kind."""
+    kinds = ("weight", "momentum", "exp_avg", "exp_avg_sq", "step")
+    return torch.tensor(
+        [sum(x.numel() for k, x in state.items() if k.startswith(f"{kind}.")) for kind in kinds]
+    )
+
+
 def compare(ranks: Ranks, text: str) -> None:
     """Every case, three steps on this rank's rows, beside the same of TorchEngine on all rows."""
     whole = packed_batch(ROWS, LENGTH, depth=1, vocab=90)
     known: dict[str, Steps] = {}
     for case in (Case(*values) for values in json.loads(text)):
         config, compute = config_of(case.algorithm), getattr(torch, case.dtype)
-        numbers = f"{case.algorithm} {case.dtype} {case.precision}"
+        config = replace(config, train=replace(config.train, attention_mode=case.mode))
+        numbers = f"{case.algorithm} {case.dtype} {case.precision} {case.mode}"
         if numbers not in known:
             model = skewed_model(config.model).to(ranks.device)
             bare = TorchEngine(model, config.optim, compute, fp4_experts=True)
@@ -150,9 +160,9 @@ def compare(ranks: Ranks, text: str) -> None:
         limit = 1e-2 if case.dtype == "bfloat16" and mesh.ep_size > 1 else 1e-5
         for key, tensor in tensors.items():
             assert key.startswith("rng") or relative(tensor, reference[key]) < limit, (case, key)
-        owned = torch.tensor(sum(x.numel() for key, x in ours.state.items() if key.startswith("weight.")))
-        model = ForCausalLM(config.model)
-        assert ranks.sum(owned) == sum(p.numel() for p in model.parameters()), case  # each weight once
+        # Each weight once, and each moment, of sets that rest, too.
+        assert torch.equal(ranks.sum(held(ours.state)), held(theirs.state)), case
+        assert held(theirs.state)[0] == sum(p.numel() for p in ForCausalLM(config.model).parameters())
 
 
 def round_experts(ranks: Ranks) -> None:
@@ -218,6 +228,13 @@ def test_repeated_updates_and_sharded_dense_weights(tmp_path: Path) -> None:
 def test_recomputation_on_a_mesh(how: str, tmp_path: Path) -> None:
     """Experts' rows and parts of sequences travel again, in the same order on every rank."""
     run([Case("adamw", mesh, recompute=how) for mesh in ({"ep": 2}, {"ep": 2, "cp": 2})], 2, tmp_path)
+
+
+def test_only_the_indexer_warms_up(tmp_path: Path) -> None:
+    """Of a layer's gathered weights some get no gradient; what rests has none on any rank."""
+    cases = [Case("muon", {"zero": 1}), Case("adamw", {"ep": 2, "cp": 2}, stage=1, recompute="selective")]
+    cases += [Case("muon", dense=True), Case("adamw", {"cp": 2}, dense=True, recompute="full")]
+    run([case._replace(mode="warmup") for case in cases], 2, tmp_path)
 
 
 def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class Step:
         self.dtype = getattr(torch, config.precision.compute_dtype)
         self.repeats = config.recompute != "none"  # all that selective recomputation does not keep
         self.repeats_experts = config.recompute == "full"
+        self.trains = "model" in config.trained_sets
 
     def experts(self) -> Iterator[tuple[str, int]]:
         """Rows go and come back, in forward and in backward; weights go; counts go in forward only."""
@@ -48,8 +49,11 @@ class Step:
             return
         choices = moes * mesh.data_world * self.rows * self.config.train.seq_len * model.num_experts_per_tok
         again = self.repeats_experts
-        yield "expert rows", choices * model.hidden_size * self.dtype.itemsize * (4 + 2 * again)
-        yield "expert weights", choices * 4 * (2 + again)
+        yield (
+            "expert rows",
+            choices * model.hidden_size * self.dtype.itemsize * (2 + 2 * self.trains + 2 * again),
+        )
+        yield "expert weights", choices * 4 * (1 + self.trains + again)
         counts = moes * mesh.world * self.micro_batches * model.n_routed_experts
         yield "expert counts", counts * 8 * (1 + self.repeats)
 
@@ -74,14 +78,16 @@ class Step:
             if not isinstance(layer, Attention):
                 continue
             kind, kv = layer.layer_type, layer.channels * size
-            yield "context halos", reaching * layer.window * kv * (2 + self.repeats)
+            yield "context halos", reaching * layer.window * kv * (1 + self.trains + self.repeats)
             if kind == "full_attention":
                 tokens = seq_len // mesh.cp_size
-                yield "context gathers", rows * tokens * kv * (1 + self.repeats + mesh.cp_size)
+                backward = self.trains * mesh.cp_size
+                yield "context gathers", rows * tokens * kv * (1 + self.repeats + backward)
             if kind in slots:
-                yield from compressed(layer.compressor, kind, trained=True)
-            if hasattr(layer, "indexer") and self.config.attention_mode == "sparse":
-                yield from compressed(layer.indexer.compressor, kind, trained=False)
+                yield from compressed(layer.compressor, kind, self.trains)
+            learns = self.config.indexer_loss
+            if hasattr(layer, "indexer") and (self.config.attention_mode == "sparse" or learns):
+                yield from compressed(layer.indexer.compressor, kind, learns)
         learned = sum(not moe.gate.is_hash for moe in self.model.moes())
         yield "context counts", rows * learned * 2 * (1 + model.n_routed_experts) * 8
 
@@ -91,7 +97,7 @@ class Step:
         sharded = set(sharded_names(self.model)) if parallel.shard_dense else set()
         arguments = self.model, self.config.optim, self.dtype, stage, sharded, mesh
         for group, layout in zip(*partition(*arguments), strict=True):
-            sharing, trained = group["sharing"], group["set"] == "model"  # the indexer has no gradients
+            sharing, trained = group["sharing"], group["set"] in self.config.trained_sets
             own = mesh.world * layout.size  # numbers of one partition on every rank
             if group["name"] == SHARDED:
                 continue
@@ -118,11 +124,12 @@ class Step:
                 yield "repeats", world * unit.length * 4
 
     def sums(self) -> Iterator[tuple[str, int]]:
-        """Label counts and loss sums, experts' loads, the norm, and the updates' squares (logged steps)."""
-        losses = 2 + bool(self.model.mtp)
+        """Label counts and loss sums, experts' loads, norms, and the updates' squares (logged steps)."""
+        losses = 2 + bool(self.model.mtp) + self.config.indexer_loss
         loads = len(self.model.moes()) * self.config.model.n_routed_experts
         algorithms = 1 + (self.config.optim.name == "muon")
-        yield "other", self.mesh.world * 8 * (2 * losses + loads + 1 + 2 * algorithms)
+        norms = len(self.config.trained_sets)
+        yield "other", self.mesh.world * 8 * (2 * losses + loads + norms + 2 * algorithms)
 
 
 def volume(config: RunConfig, mesh: Mesh) -> dict[str, int]:

@@ -81,6 +81,61 @@ def token_attention(w: Weights, config: ModelConfig, x: Tensor, rope: str, windo
     return torch.cat([g @ m.T for g, m in zip(groups, matrices)], dim=-1) @ w["o_b_proj.weight"].T
 
 
+def compressed(w: Weights, config: ModelConfig, x: Tensor, channels: int) -> Tensor:
+    """CSA's entries [T, C] of one document x [S, D]: `w` of a compressor whose halves are a, then b."""
+    rate = config.compress_rates["compressed_sparse_attention"]
+    kv, gate, bias = x @ w["kv_proj.weight"].T, x @ w["gate_proj.weight"].T, w["position_bias"]
+    entries = []
+    for first in range(0, len(x) // rate * rate, rate):
+        slots = [(first + j, channels, j) for j in range(rate)]
+        slots += [(first - rate + j, 0, j) for j in range(rate) if first]
+        values = torch.stack([kv[t, at : at + channels] for t, at, _ in slots])
+        gates = torch.stack([gate[t, at : at + channels] + bias[j, at : at + channels] for t, at, j in slots])
+        entries.append((gates.exp() / gates.exp().sum(0) * values).sum(0))
+    normed = norm(torch.stack(entries), w["kv_norm.weight"])
+    every = torch.zeros(len(x), channels, dtype=x.dtype)  # an entry turns as the first token of its window
+    at = torch.arange(len(entries)) * rate
+    every = every.index_put((at,), normed)
+    return rotate(every, config.rope_parameters["compress"], config.qk_rope_head_dim)[at]
+
+
+def indexer_loss(w: Weights, config: ModelConfig, x: Tensor, sparse: bool) -> tuple[Tensor, int]:
+    """Of one document x [S, D] and a CSA layer's attention `w`: KL(attention || scores) summed over its
+    queries that see an entry, and how many these are. Only the scores carry a gradient."""
+    rate = config.compress_rates["compressed_sparse_attention"]
+    loss, queries = torch.zeros((), dtype=x.dtype), range(rate - 1, len(x))
+    if not queries:
+        return loss, 0
+    own, dims, turn = part(w, "indexer"), config.qk_rope_head_dim, config.rope_parameters["compress"]
+    heads, channels = config.index_n_heads, config.index_head_dim
+    with torch.no_grad():
+        latent = norm(x @ w["q_a_proj.weight"].T, w["q_a_norm.weight"])
+        q = (latent @ w["q_b_proj.weight"].T).view(len(x), config.num_attention_heads, config.head_dim)
+        q = rotate(norm(q).transpose(0, 1), turn, dims).transpose(0, 1)
+        kv = rotate(norm(x @ w["kv_proj.weight"].T, w["kv_norm.weight"]), turn, dims)
+        entries = compressed(part(w, "compressor"), config, x, config.head_dim)
+    index_q = (latent @ own["q_b_proj.weight"].T).view(len(x), heads, channels)
+    index_q = rotate(index_q.transpose(0, 1), turn, dims).transpose(0, 1)
+    index_k = compressed(part(own, "compressor"), config, x, channels)
+    head_weights = x @ own["weights_proj.weight"].T / math.sqrt(heads * channels)
+    for t in queries:
+        scores = [
+            sum(head_weights[t, h] * (index_q[t, h] @ key).clamp(min=0) for h in range(heads))
+            for key in index_k[: (t + 1) // rate]
+        ]
+        chosen = sorted(range(len(scores)), key=lambda s: (-float(scores[s].detach()), s))
+        chosen = chosen[: config.index_topk] if sparse else chosen
+        keys = torch.cat((entries[chosen], kv[max(0, t - config.sliding_window + 1) : t + 1]))
+        with torch.no_grad():
+            weights = (q[t] @ keys.T / math.sqrt(config.head_dim)).exp()  # [H, J]
+            mass = (weights / (w["sinks"].exp() + weights.sum(-1)).unsqueeze(-1)).sum(0)[: len(chosen)]
+            teacher = mass / mass.sum()
+        student = torch.stack([scores[s] for s in chosen])
+        student = student.exp() / student.exp().sum()
+        loss = loss + (teacher * (teacher.log() - student.log())).sum()
+    return loss, len(queries)
+
+
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float) -> Tensor:
     """One expert, x [D]."""
     a, b = gate @ x, up @ x

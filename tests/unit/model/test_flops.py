@@ -136,11 +136,16 @@ def test_one_layer_by_hand():
     heads, index = 4 * 32, 16 * 16
     assert flops.attention_scores == pytest.approx(3 * 4 * heads * (keys + chosen))
     assert flops.indexer - empty.indexer == pytest.approx(3 * 2 * (index + 16) * visible)
-    dense = training_flops_per_token(config, 8, "dense")
+    dense = training_flops_per_token(config, 8, "dense", indexer_trains=False)
     assert dense.attention_scores == pytest.approx(3 * 4 * heads * (keys + visible))
     assert dense.indexer == 0
     same = {"attention_scores", "indexer"}
     assert all(v == asdict(dense)[part] for part, v in asdict(flops).items() if part not in same)
+    learning = training_flops_per_token(config, 8, "dense")
+    assert asdict(learning) == asdict(dense) | {"indexer": flops.indexer}
+    warmup = training_flops_per_token(config, 8, "warmup")
+    third = {part: v / 3 for part, v in asdict(dense).items()}
+    assert asdict(warmup) == pytest.approx(third | {"indexer": flops.indexer})
 
 
 def test_mtp_adds_a_sliding_layer_a_head_and_its_projections():

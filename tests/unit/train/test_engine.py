@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from model.model import ForCausalLM
 from tests.tiny import tiny_config
 from train.config import RunConfig
 from train.engine import Batch, TorchEngine
-from train.loop import loss_weights, train_step
+from train.loop import label_counts, loss_weights, train_step
 from train.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -163,3 +164,123 @@ def test_balance_bias_follows_the_loads() -> None:
     rate = config.train.bias_update_rate
     assert all(size in (0, pytest.approx(rate)) for size in bias.abs().unique().tolist())
     assert bias.abs().max() > 0
+
+
+def indexer_run(mode: str = "sparse", weight: float = 1.0, **options: Any) -> RunConfig:
+    config = run_config(index_topk=3, **options)
+    return replace(config, train=replace(config.train, attention_mode=mode, indexer_loss_weight=weight))
+
+
+def own_of_the_indexer(key: str) -> bool:
+    return ".indexer." in key
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_the_indexers_loss_touches_nothing_else(mode: str, name: str) -> None:
+    """Bitwise: the first step's losses, norm and clipping, then all other weights and moments."""
+    found = []
+    for weight in (0.0, 100.0):  # a huge gradient of its own
+        config = indexer_run(mode, weight)
+        config = replace(config, optim=replace(config.optim, name=name, clip_norm=0.1))
+        engine = engine_for(config)
+        before = {key: x.clone() for key, x in engine.state().items()}
+        found.append((train_step(engine, uneven_batch(), config, 0, ALONE), engine.state(), before))
+    (off, without, before), (on, state, _) = found
+    assert on.keys() - off.keys() == {"indexer", "grad_norm_indexer"}
+    assert all(on[key] == value for key, value in off.items()) and off["grad_norm_model"] > 0.1
+    assert on["grad_norm_indexer"] > 0.1 and on["indexer"] > 0
+    assert state.keys() == without.keys()  # moments of what rests, too
+    for key, x in without.items():
+        moved = not torch.equal(x, state[key])
+        assert moved == own_of_the_indexer(key), key
+        if own_of_the_indexer(key):
+            assert torch.equal(x, before[key]) if key.startswith("weight.") else not x.any(), key
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_warming_up_moves_the_indexer_only(name: str) -> None:
+    """Losses are those of dense attention; no weight decay, no momentum, no bias of another part changes."""
+    dense, config = indexer_run("dense"), indexer_run("warmup")
+    dense, config = (replace(c, optim=replace(c.optim, name=name)) for c in (dense, config))
+    wanted = train_step(engine_for(dense), uneven_batch(), dense, 0, ALONE)
+    engine = engine_for(config)
+    before = {key: x.clone() for key, x in engine.state().items()}
+    found = train_step(engine, uneven_batch(), config, 0, ALONE)
+    assert {key: found[key] for key in ("lm", "mtp", "balance", "indexer", "grad_norm_indexer")} == {
+        key: wanted[key] for key in ("lm", "mtp", "balance", "indexer", "grad_norm_indexer")
+    }
+    assert "grad_norm_model" not in found
+    assert loss_weights(config, 0) == {"indexer": 1.0}  # backward goes through nothing else
+    for key, x in engine.state().items():
+        kind = key.partition(".")[0]
+        if own_of_the_indexer(key):
+            assert x.any() and (kind != "weight" or not torch.equal(x, before[key])), key
+        elif kind in ("weight", "buffer"):
+            assert torch.equal(x, before[key]), key
+        elif kind != "rng":
+            assert not x.any(), key
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_resuming_over_a_switch_of_modes_is_exact(name: str) -> None:
+    """From the checkpoint before or after any switch; sets that never trained have moments, too."""
+    modes = [
+        ("warmup", 1.0),
+        ("dense", 0.0),
+        ("dense", 1.0),
+        ("warmup", 1.0),
+        ("sparse", 1.0),
+        ("sparse", 0.0),
+    ]
+    configs = [indexer_run(*mode) for mode in modes]
+    configs = [replace(c, optim=replace(c.optim, name=name)) for c in configs]
+
+    def advance(engine: TorchEngine, first: int) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
+        logged, states = [], []
+        for step in range(first, len(configs)):
+            states.append({key: x.clone() for key, x in engine.state().items()})
+            logged.append(train_step(engine, uneven_batch(), configs[step], step, ALONE))
+        return logged, [*states, engine.state()]
+
+    wanted, states = advance(engine_for(configs[0]), 0)
+    assert all(state.keys() == states[1].keys() for state in states[1:])
+    for first in range(1, len(configs)):
+        engine = engine_for(configs[0])
+        load(engine, states[first])
+        logged, resumed = advance(engine, first)
+        assert logged == wanted[first:]
+        assert all(torch.equal(x, states[-1][key]) for key, x in resumed[-1].items())
+
+
+def test_a_checkpoint_from_before_the_indexer_learned_goes_on() -> None:
+    config = indexer_run()
+    engine = engine_for(config)
+    train_step(engine, uneven_batch(), config, 0, ALONE)
+    kinds = ("momentum.", "exp_avg", "step.")
+    old = {k: x for k, x in engine.state().items() if not (own_of_the_indexer(k) and k.startswith(kinds))}
+    resumed = engine_for(config)
+    load(resumed, old)
+    assert train_step(resumed, uneven_batch(), config, 1, ALONE)["indexer"] > 0
+    del old["momentum.layers.0.self_attn.kv_proj.weight"]
+    with pytest.raises(ConfigError, match=r"lacks the moments of layers\.0\.self_attn\.kv_proj"):
+        load(engine_for(config), old)
+
+
+def test_counts_are_known_before_the_forward_pass() -> None:
+    """By loops over documents and from the losses of micro-batches."""
+    config, batch = indexer_run(), uneven_batch()
+    counts = label_counts(batch, config, ALONE)
+    assert counts["indexer"] == (40 - 3) + (17 - 3 + 23 - 3) + (5 - 3) + (40 - 3)
+    losses = engine_for(config)(batch, indexer_loss=True).losses
+    assert counts == {part: int(count) for part, (_, count) in losses.items()}
+    assert label_counts(batch, indexer_run(weight=0.0), ALONE).keys() == counts.keys() - {"indexer"}
+
+
+def test_warming_up_needs_something_to_warm_up() -> None:
+    with pytest.raises(ConfigError, match=r"indexer_loss_weight is 0.*more than 0"):
+        indexer_run("warmup", 0.0)
+    config = indexer_run("warmup")
+    sliding = ["sliding_attention"] * 2
+    with pytest.raises(ConfigError, match=r"attention_mode is 'warmup'.*sparse or dense"):
+        replace(config, model=replace(config.model, layer_types=sliding))

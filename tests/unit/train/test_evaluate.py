@@ -44,6 +44,17 @@ def test_mean_over_labels_not_over_batches() -> None:
     assert evaluate(engine, batches, CPU, "sparse")["lm"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_indexers_divergence_is_a_mean_over_queries() -> None:
+    engine = engine_for("scc")
+    batches = [packed_batch(ROWS, 96, depth=1), packed_batch([[5, 3]], 40, depth=1)]
+    parts = [engine(batch, indexer_loss=True).losses["indexer"] for batch in batches]
+    assert [int(count) for _, count in parts] == [2 * (14 + 37 + 58), 2 * 2]
+    expected = sum(float(loss.detach()) for loss, _ in parts) / (2 * 111)
+    found = evaluate(engine, batches, CPU, "sparse", indexer_loss=True)
+    assert found["indexer"] == pytest.approx(expected, rel=1e-6)
+    assert "indexer" not in evaluate(engine, batches, CPU, "sparse")
+
+
 def test_ranks_add_up() -> None:
     engine = engine_for()
     batches = [batch_of(1, 0), batch_of(3, 15), batch_of(2, 3)]

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 import model.kernels.attention
+import model.kernels.indexer
 import train.memory
 from configs.compose import compose
 from configs.errors import ConfigError
@@ -25,6 +26,7 @@ from tests.tiny import packed_batch, tiny_config
 from train import recompute
 from train.config import ParallelConfig, PrecisionConfig, RunConfig
 from train.engine import Engine, TorchEngine
+from train.loop import loss_weights
 from train.memory import WORKSPACES, Memory, Tracker, micro_batch_peak, predict, refuse_if_too_large, table
 from train.parallel.mesh import Mesh, build_mesh
 from train.ranks import Ranks
@@ -63,8 +65,10 @@ def one_micro_batch(engine: Engine, config: RunConfig, last: bool = True) -> Non
     batch = packed_batch(
         rows[: config.train.micro_batch], LENGTH, depth=config.model.num_nextn_predict_layers
     )
-    output = engine(batch, mode=config.attention_mode)
-    engine.backward(torch.stack([loss for loss, _ in output.losses.values()]).sum(), last)
+    engine.activate(config.trained_sets)
+    losses = engine(batch, mode=config.attention_mode, indexer_loss=config.indexer_loss).losses
+    trained = [loss for part, (loss, _) in losses.items() if part in loss_weights(config, 0)]
+    engine.backward(torch.stack(trained).sum(), last)
 
 
 def nbytes(tensors: Iterable[Tensor | None]) -> int:
@@ -105,9 +109,17 @@ def test_tracker_sees_what_backward_holds() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_states_are_those_of_an_engine(dtype: str, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "train"),
+    [
+        ("float32", {}),
+        ("bfloat16", {"indexer_loss_weight": 0.0}),
+        ("bfloat16", {"attention_mode": "warmup"}),
+    ],
+)
+def test_states_are_those_of_an_engine(dtype: str, train: dict[str, Any], optimizer: str) -> None:
     config = run_config(dtype=dtype)
+    config = replace(config, train=replace(config.train, **train))
     config = replace(config, optim=replace(config.optim, name=optimizer))
     memory = predict(config)
     with Tracker("cpu") as tracker:
@@ -126,11 +138,16 @@ def test_states_are_those_of_an_engine(dtype: str, optimizer: str) -> None:
     assert (memory.masters == 0) == (dtype == "float32")
 
 
-CASES: list[tuple[dict[str, Any], str]] = [
-    ({}, "sparse"),
-    ({"index_n_heads": 4096}, "dense"),  # the indexer, which would need most of all, rests
-    ({"residual": "plain", "hc_mult": 1}, "sparse"),
-    ({"num_nextn_predict_layers": 2, "n_shared_experts": 2, "n_routed_experts": 12}, "sparse"),
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({}, {"attention_mode": "warmup"}),
+    ({"index_n_heads": 100}, {"attention_mode": "dense"}),  # the indexer needs most of all
+    ({"index_n_heads": 4096}, {"attention_mode": "dense", "indexer_loss_weight": 0.0}),  # it would, but rests
+    ({"residual": "plain", "hc_mult": 1}, {}),
+    (
+        {"num_nextn_predict_layers": 2, "n_shared_experts": 2, "n_routed_experts": 12},
+        {"indexer_loss_weight": 0.0},
+    ),
 ]
 
 
@@ -140,13 +157,13 @@ def recomputing(config: RunConfig, how: str) -> RunConfig:
 
 @pytest.mark.parametrize("how", recompute.HOW)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("changes", "mode"), CASES)
+@pytest.mark.parametrize(("changes", "train"), CASES)
 def test_activations_are_those_of_real_tensors(
-    changes: dict[str, Any], mode: str, dtype: str, how: str
+    changes: dict[str, Any], train: dict[str, Any], dtype: str, how: str
 ) -> None:
     """The second micro-batch of a real engine, packed documents and all, under the same tracker."""
     config = recomputing(run_config(dtype=dtype, **changes), how)
-    config = replace(config, train=replace(config.train, attention_mode=mode))
+    config = replace(config, train=replace(config.train, **train))
     with Tracker("cpu") as tracker:
         engine = engine_for(config)
         one_micro_batch(engine, config)
@@ -160,7 +177,8 @@ def test_activations_are_those_of_real_tensors(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recomputed_attention(monkeypatch: pytest.MonkeyPatch, dtype: str, how: str) -> None:
     monkeypatch.setattr(model.kernels.attention, "LOGIT_BUDGET", 30_000)  # three blocks of queries at once
-    test_activations_are_those_of_real_tensors({}, "sparse", dtype, how)
+    monkeypatch.setattr(model.kernels.indexer, "SCORE_BUDGET", 30_000)
+    test_activations_are_those_of_real_tensors({}, {}, dtype, how)
 
 
 def test_recomputing_needs_less_and_less() -> None:
@@ -170,7 +188,7 @@ def test_recomputing_needs_less_and_less() -> None:
 
 @pytest.mark.parametrize("how", recompute.HOW)
 def test_depth_is_extrapolated_exactly(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    config = recomputing(run_config("sschchcchhchcchh", hc_sinkhorn_iters=1), how)
+    config = recomputing(run_config("sschchcchhchchch", hc_sinkhorn_iters=1), how)
     kinds = list(zip(config.model.layer_types, config.model.mlp_layer_types, strict=True))
     whole = micro_batch_peak(config, kinds)
     depths = []
@@ -229,6 +247,7 @@ def test_scratch_is_that_of_an_optimizer(optimizer: str) -> None:
     with Tracker() as tracker:
         with torch.device("meta"):
             engine = TorchEngine(ForCausalLM(config.model), config.optim, torch.bfloat16)
+        engine.activate(config.trained_sets)
         for master in engine.masters.values():
             master.grad = torch.zeros_like(master)
         engine.optimizer.measure = True

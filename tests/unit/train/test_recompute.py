@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.kernels.attention
+import model.kernels.indexer
 from model.model import ForCausalLM, ModelOutput
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
@@ -48,7 +49,7 @@ def every_part(how: str, layers: str = "schf", **changes: Any) -> ForCausalLM:
 
 def backward(net: ForCausalLM, batch: Batch = BATCH, **options: Any) -> tuple[ModelOutput, dict[str, Tensor]]:
     """The output and the gradients of every loss together."""
-    output = net(**batch, **options)
+    output = net(**batch, indexer_loss=True, **options)
     torch.stack([loss for loss, _ in output.losses.values()]).sum().backward()
     return output, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
@@ -85,6 +86,7 @@ def test_gradients_are_bitwise_equal(case: str, how: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("how", RECOMPUTING)
 def test_long_sequences_recompute_their_attention_within(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.kernels.attention, "LOGIT_BUDGET", 30_000)
+    monkeypatch.setattr(model.kernels.indexer, "SCORE_BUDGET", 30_000)
     assert_same(backward(every_part(how)), backward(every_part("none")))
 
 

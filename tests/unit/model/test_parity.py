@@ -65,10 +65,12 @@ class Margins:
             if isinstance(module, Router) and not module.is_hash:
                 module.register_forward_hook(self._route)
 
-    def _select(self, q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, topk: int) -> Tensor:
+    def _select(
+        self, q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, topk: int, ranked_in: torch.dtype
+    ) -> Tensor:
         scores = index_scores(q.double(), k.double(), weights.double())
         self.indexer.append(gap(scores.masked_fill(~visible, -torch.inf)[visible.sum(-1) > topk], topk))
-        return select_entries(q, k, weights, visible, topk)
+        return select_entries(q, k, weights, visible, topk, ranked_in)
 
     def _route(self, router: Router, inputs: tuple, routing) -> None:
         self.router.append(gap(routing.affinities + router.get_buffer("e_score_correction_bias"), router.k))

@@ -78,7 +78,7 @@ def test_two_ranks_say_the_same(corpus: Path, sources: list[str], asking: Path, 
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = lines(asking)[0], lines(tmp_path / "two")[0]
     chosen = {name for name in one if name.startswith(("valid_", "needle"))}
-    assert len(chosen) == 2 + 2 + 2 + 2 + 7
+    assert len(chosen) == 3 + 2 + 2 + 2 + 7
     assert {name: two[name] for name in chosen} == pytest.approx(
         {name: one[name] for name in chosen}, rel=1e-5
     )

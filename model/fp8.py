@@ -2,7 +2,7 @@
 
     y  = x w^T        x in tiles of 1 x 128, w in blocks of 128 x 128
     dx = dy w         dy in tiles of 1 x 128, w as before
-    dw = dy^T x       both in tiles of 128 x 1: along the rows, over which it sums
+    dw = dy^T x       both in tiles of 128 x 1: along the rows, over which it sums; an expert's begin anew
 
 What backward needs is kept in FP8, a byte for a number. Outputs and gradients have x's dtype. Source:
 DeepSeek-V3 report, section 3.3.
@@ -62,11 +62,11 @@ class _ExpertMLP(torch.autograd.Function):
         down: Tensor,
         limit: float,
     ) -> Tensor:  # type: ignore[override]
-        x, x_columns = cast_activation(rows)
+        x, x_columns = cast_activation(rows, offsets)
         first, first_transposed = cast_weight(gate_up)
         second, second_transposed = cast_weight(down)
         both = grouped_product(x, first, offsets, rows.dtype)  # [R, 2F]
-        hidden, hidden_columns = cast_swiglu(both, weights, limit)
+        hidden, hidden_columns = cast_swiglu(both, weights, limit, offsets)
         ctx.limit = limit
         kept = (x_columns, first_transposed, hidden_columns, second_transposed)
         _keep(ctx, kept, both, weights, offsets)
@@ -76,10 +76,10 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         (x, first, hidden, second), (both, weights, offsets) = _kept(ctx)
         dtype = grad.dtype
-        rows, columns = cast_activation(grad)
+        rows, columns = cast_activation(grad, offsets)
         down_grad = grouped_outer_product(columns, hidden, offsets, dtype)
         hidden_grad = grouped_product(rows, second, offsets, dtype)  # [R, F]
-        rows, columns, weights_grad = cast_swiglu_backward(hidden_grad, both, weights, ctx.limit)
+        rows, columns, weights_grad = cast_swiglu_backward(hidden_grad, both, weights, ctx.limit, offsets)
         gate_up_grad = grouped_outer_product(columns, x, offsets, dtype)
         rows_grad = grouped_product(rows, first, offsets, dtype)
         return rows_grad, weights_grad, None, gate_up_grad, down_grad, None

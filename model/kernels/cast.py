@@ -8,35 +8,74 @@ twice, in one pass: as it is and transposed. What the kernels add to the referen
     rows of a transposed activation begin at multiples of 128 bytes, filled up with zeros (NaN in NaN tiles)
     scales of activations lie column after column, as products read them
 
-Legend: R rows (tokens), I input features, O output features, E groups (experts).
+Where rows are sorted by group (expert), tiles along them never hold rows of two groups: each group's begin a
+tile, filled up with zeros, so that products sum over whole tiles. R rows of E groups need at most
+P = 128 * (R // 128 + E), which the host knows without asking the device; `model.kernels.gpu.slots_of` says
+which tile is whose. Tiles without rows are not written by the kernels.
+
+Legend: R rows (tokens), I input features, O output features, E groups (experts), P rows in groups' tiles.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.gpu import TILE, jit, magnitude, power_of_two, runs_kernels, tiles, tl
+from model.kernels.gpu import (
+    TILE,
+    group_of_slot,
+    jit,
+    magnitude,
+    power_of_two,
+    power_of_two_of,
+    runs_kernels,
+    slots_of,
+    tiles,
+    tl,
+)
 from model.quant import FP4_BLOCK, FP8_BLOCK, FP8_TILE, Quantised, quantise_fp8, round_fp4
 
-INPUTS = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels read
-WARPS = 8  # of a program that casts a tile of 128 x 128
+INPUTS = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels of activations read
+WEIGHTS = INPUTS[:2]  # of weights; Triton 3.6 compiles the fp32 kernel to one that transposes wrongly
+WARPS, REGISTERS = 8, 128  # of a program that casts a tile of 128 x 128, and of its threads: two fit
 FP4_GROUPS = 128  # blocks of 1 x 32 that a program of 4 warps rounds
 
 
-def cast_activation(x: Tensor) -> tuple[Quantised, Quantised]:
+def cast_activation(x: Tensor, offsets: Tensor | None = None) -> tuple[Quantised, Quantised]:
     """x [R, I] -> itself [R, I] and transposed [I, R], each in tiles of 1 x 128 of its own.
 
-    The first is for products with weights, the second for the weights' gradient, which sums over rows.
+    The first is for products with weights, the second for the weights' gradient, which sums over rows. With
+    `offsets` [E] int32, the end row of each group, the second is [I, P].
     """
     if runs_kernels(x) and x.dtype in INPUTS:
-        return activations(torch.ops.fourfold.cast_activation(x), len(x))
-    return quantise_fp8(x), quantise_fp8(x.mT.contiguous())
+        return activations(torch.ops.fourfold.cast_activation(x, offsets), len(x), offsets)
+    columns = x if offsets is None else in_tiles(x, offsets)
+    return quantise_fp8(x), quantise_fp8(columns.mT.contiguous())
+
+
+def in_tiles(x: Tensor, offsets: Tensor) -> Tensor:
+    """x [R, I] -> [P, I]: every group's rows from the start of a tile on, zeros elsewhere."""
+    padded = x.new_zeros(TILE * slots_of(len(x), len(offsets)), x.shape[1])
+    return padded.index_copy(0, places_in_tiles(len(x), offsets), x)
+
+
+def places_in_tiles(rows: int, offsets: Tensor) -> Tensor:
+    """Where `in_tiles` puts each row, [R] int64."""
+    row = torch.arange(rows, device=offsets.device)
+    group = torch.searchsorted(offsets, row, right=True)
+    start = F.pad(offsets, (1, 0))[group]
+    return (start // TILE + group) * TILE + row - start
+
+
+def ends_in_tiles(offsets: Tensor) -> Tensor:
+    """Where the tiles of each group end, [E] int32: the next group's begin there."""
+    return (offsets // TILE + torch.arange(1, len(offsets) + 1, device=offsets.device)).int() * TILE
 
 
 def cast_weight(weight: Tensor) -> tuple[Quantised, Quantised]:
     """weight [..., O, I] -> itself and transposed [..., I, O], the same numbers in blocks of 128 x 128."""
-    if runs_kernels(weight) and weight.dtype in INPUTS:
+    if runs_kernels(weight) and weight.dtype in WEIGHTS:
         values, scales, transposed, transposed_scales = torch.ops.fourfold.cast_weight(weight)
         return Quantised(values, scales, FP8_BLOCK), Quantised(transposed, transposed_scales, FP8_BLOCK)
     quantised = quantise_fp8(weight, FP8_BLOCK)
@@ -50,38 +89,54 @@ def fp4_values(master: Tensor, dtype: torch.dtype) -> Tensor:
     return round_fp4(master).to(dtype)
 
 
-def activations(parts: tuple[Tensor, Tensor, Tensor, Tensor], rows: int) -> tuple[Quantised, Quantised]:
+def activations(
+    parts: tuple[Tensor, Tensor, Tensor, Tensor], rows: int, offsets: Tensor | None
+) -> tuple[Quantised, Quantised]:
     """What `cast_activation` returns, from tensors as its kernel writes them (`empty_activations`)."""
     values, scales, transposed, transposed_scales = parts
-    return (
-        Quantised(values, scales.mT, FP8_TILE),
-        Quantised(transposed[:, :rows], transposed_scales.mT, FP8_TILE),
-    )
+    transposed = transposed[:, :rows] if offsets is None else transposed
+    return Quantised(values, scales.mT, FP8_TILE), Quantised(transposed, transposed_scales.mT, FP8_TILE)
 
 
-def empty_activations(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values [R, I], scales [ceil(I / 128), R]; transposed, [I, R filled to 128s] and [ceil(R / 128), I]."""
+def empty_activations(
+    like: Tensor, rows: int, columns: int, offsets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values [R, I], scales [ceil(I / 128), R]; transposed, [I, P] and [P / 128, I]."""
+    slots = row_slots(rows, offsets)
     return (
         like.new_empty(rows, columns, dtype=torch.float8_e4m3fn),
         like.new_empty(tiles(columns), rows, dtype=torch.float32),
-        like.new_empty(columns, tiles(rows) * TILE, dtype=torch.float8_e4m3fn),
-        like.new_empty(tiles(rows), columns, dtype=torch.float32),
+        like.new_empty(columns, slots * TILE, dtype=torch.float8_e4m3fn),
+        like.new_empty(slots, columns, dtype=torch.float32),
     )
 
 
+def row_slots(rows: int, offsets: Tensor | None) -> int:
+    return tiles(rows) if offsets is None else slots_of(rows, len(offsets))
+
+
+def groups_of(offsets: Tensor | None) -> tuple[int, int]:
+    """How many groups, and so many as the kernels count."""
+    count = 0 if offsets is None else len(offsets)
+    return count, power_of_two_of(max(count, 1))
+
+
 @torch.library.custom_op("fourfold::cast_activation", mutates_args=())
-def _cast_activation(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cast_activation(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
-    parts = empty_activations(x, rows, columns)
+    parts = empty_activations(x, rows, columns, offsets)
     if rows and columns:
-        grid = (tiles(columns), tiles(rows))
-        _cast_activation_kernel[grid](x.contiguous(), *parts, rows, columns, num_warps=WARPS)
+        grid = (tiles(columns), row_slots(rows, offsets))
+        count, most = groups_of(offsets)
+        _cast_activation_kernel[grid](
+            x.contiguous(), offsets, *parts, rows, columns, count, E=most, num_warps=WARPS, maxnreg=REGISTERS
+        )  # fmt: skip
     return parts
 
 
 @_cast_activation.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_activations(x, *x.shape)
+def _(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_activations(x, x.shape[0], x.shape[1], offsets)
 
 
 @torch.library.custom_op("fourfold::cast_weight", mutates_args=())
@@ -123,31 +178,47 @@ def _empty_fp4(master: Tensor, dtype: torch.dtype) -> Tensor:
     return master.new_empty(master.shape, dtype=dtype)
 
 
-@jit(varying=("R",))
-def _cast_activation_kernel(x, values, scales, transposed, transposed_scales, R, I):  # noqa: E741
-    row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
-    tile = load_tile(x, row, column, R, I, I)
-    store_both_ways(tile, row, column, values, scales, transposed, transposed_scales, R, I)
+@jit(varying=("R", "groups"))
+def _cast_activation_kernel(
+    x, offsets, values, scales, transposed, transposed_scales, R, I, groups, E: tl.constexpr,  # noqa: E741
+):  # fmt: skip
+    row, end = rows_of_slot(offsets, R, groups, E)
+    if row >= end:
+        return
+    column = tl.program_id(0) * 128
+    tile = load_tile(x, row, column, end, I, I)
+    store_both_ways(tile, row, end, column, values, scales, transposed, transposed_scales, R, I)
 
 
 @jit
-def load_tile(x, row, column, R, limit, stride, COLUMNS: tl.constexpr = 128):
-    """The 128 x COLUMNS numbers of x [R, `stride`] at (row, column); zeros below R and from `limit` on."""
+def rows_of_slot(offsets, R, groups, E: tl.constexpr):
+    """The first row of the tile of a program of `row_slots`, and the row at which its rows end."""
+    if offsets is None:
+        return tl.program_id(1) * 128, R
+    else:
+        _, row, end = group_of_slot(offsets, tl.program_id(1), groups, E)
+        return row, end
+
+
+@jit
+def load_tile(x, row, column, end, limit, stride, COLUMNS: tl.constexpr = 128):
+    """The 128 x COLUMNS numbers of x [R, `stride`] at (row, column); zeros from `end` and from `limit` on."""
     rows, columns = tl.arange(0, 128), tl.arange(0, COLUMNS)
-    inside = (row + rows < R)[:, None] & (column + columns < limit)[None, :]
+    inside = (row + rows < end)[:, None] & (column + columns < limit)[None, :]
     corner = x + row.to(tl.int64) * stride + column
     return tl.load(corner + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @jit
-def store_both_ways(tile, row, column, values, scales, transposed, transposed_scales, R, I):  # noqa: E741
+def store_both_ways(tile, row, end, column, values, scales, transposed, transposed_scales, R, I):  # noqa: E741
     """Cast the 128 x 128 tile of an activation [R, I] at (row, column), along its rows and its columns.
 
-    It holds zeros outside of the activation; those below R go into the rows' filling.
+    It holds zeros outside of the activation and its group; those from `end` on go into the tile's filling.
     """
     rows, columns = tl.arange(0, 128), tl.arange(0, 128)
+    slot, slots = tl.program_id(1), tl.num_programs(1)
     wide, bits = tile.to(tl.float32), magnitude(tile)
-    below, beside = row + rows < R, column + columns < I
+    below, beside = row + rows < end, column + columns < I
 
     scale, inverse = power_of_two(tl.max(bits, 1), 0x43E00000)  # 448
     corner = values + row.to(tl.int64) * I + column
@@ -156,11 +227,10 @@ def store_both_ways(tile, row, column, values, scales, transposed, transposed_sc
     tl.store(scales + (column // 128).to(tl.int64) * R + row + rows, scale, mask=below)
 
     scale, inverse = power_of_two(tl.max(bits, 0), 0x43E00000)
-    stride = (R + 127) // 128 * 128
-    corner = transposed + column.to(tl.int64) * stride + row
+    corner = transposed + column.to(tl.int64) * slots * 128 + slot * 128
     cast = tl.trans((wide * inverse[None, :]).to(tl.float8e4nv))
-    tl.store(corner + columns[:, None] * stride + rows[None, :], cast, mask=beside[:, None])
-    tl.store(transposed_scales + (row // 128).to(tl.int64) * I + column + columns, scale, mask=beside)
+    tl.store(corner + columns[:, None] * (slots * 128) + rows[None, :], cast, mask=beside[:, None])
+    tl.store(transposed_scales + slot.to(tl.int64) * I + column + columns, scale, mask=beside)
 
 
 @jit

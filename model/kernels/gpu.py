@@ -42,6 +42,28 @@ def tiles(size: int) -> int:
     return -(-size // TILE)
 
 
+def slots_of(rows: int, groups: int) -> int:
+    """Tiles of 128 rows that never hold rows of two groups, counted so that the host need not know the sizes
+    of groups: the first row of group e, `start`, begins tile start // 128 + e, and some tiles stay empty."""
+    return rows // TILE + groups
+
+
+def power_of_two_of(count: int) -> int:
+    """The smallest power of two, and no less than a warp, that holds so many."""
+    return max(32, 1 << (count - 1).bit_length())
+
+
+@jit
+def group_of_slot(offsets, slot, groups, E: tl.constexpr):
+    """The group that a tile of `slots_of` belongs to, the tile's first row, and the group's end row, which is
+    not beyond the first where the tile is empty."""
+    index = tl.arange(0, E)
+    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < groups), other=0)
+    e = tl.sum(((starts // 128 + index <= slot) & (index < groups)).to(tl.int32), 0) - 1
+    start = tl.load(offsets + e - 1, mask=e > 0, other=0)
+    return e, start + (slot - start // 128 - e) * 128, tl.load(offsets + e)
+
+
 @jit
 def magnitude(x):
     """Bits of |x| in fp32: as integers they are in the order of the numbers, infinity and then NaN on top."""

@@ -23,14 +23,20 @@ from model.kernels.cast import (
     activations,
     cast_activation,
     empty_activations,
+    groups_of,
     load_tile,
+    row_slots,
+    rows_of_slot,
     store_both_ways,
 )
 from model.kernels.gpu import TILE, jit, runs_kernels, tiles, tl
 from model.norm import widen
 from model.quant import Quantised
 
-WARPS, BACKWARD_WARPS = 8, 16  # of a program that casts a tile of 128 x 128
+if tl is not None:
+    from triton.language.extra import libdevice
+
+WARPS, REGISTERS = 8, 128  # of a program that casts a tile of 128 x 128, and of its threads forward: two fit
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -38,31 +44,34 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
-def cast_swiglu(gate_up: Tensor, weights: Tensor, limit: float) -> tuple[Quantised, Quantised]:
-    """gate_up [R, 2F], gates before ups, weights [R] fp32 -> `cast_activation` of h [R, F].
+def cast_swiglu(
+    gate_up: Tensor, weights: Tensor, limit: float, offsets: Tensor | None = None
+) -> tuple[Quantised, Quantised]:
+    """gate_up [R, 2F], gates before ups, weights [R] fp32 -> `cast_activation` of h [R, F] with `offsets`.
 
     Computed in fp32 and rounded to gate_up's dtype before the cast, as if h had been in memory.
     """
     if runs_kernels(gate_up) and gate_up.dtype in INPUTS:
-        return activations(torch.ops.fourfold.cast_swiglu(gate_up, weights, limit), len(gate_up))
-    return cast_activation(_weighted(gate_up, weights, limit))
+        parts = torch.ops.fourfold.cast_swiglu(gate_up, weights, offsets, limit)
+        return activations(parts, len(gate_up), offsets)
+    return cast_activation(_weighted(gate_up, weights, limit), offsets)
 
 
 def cast_swiglu_backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor, limit: float
+    grad: Tensor, gate_up: Tensor, weights: Tensor, limit: float, offsets: Tensor | None = None
 ) -> tuple[Quantised, Quantised, Tensor]:
     """dh [R, F] and the inputs of `cast_swiglu` -> `cast_activation` of d gate_up [R, 2F], d weights [R].
 
     The kernel wants gates and ups in tiles of their own: F in 128s.
     """
     if runs_kernels(gate_up) and gate_up.dtype in INPUTS and grad.shape[1] % TILE == 0:
-        *parts, sums = torch.ops.fourfold.cast_swiglu_backward(grad, gate_up, weights, limit)
-        return *activations(tuple(parts), len(grad)), sums.sum(0).to(weights.dtype)
+        *parts, sums = torch.ops.fourfold.cast_swiglu_backward(grad, gate_up, weights, offsets, limit)
+        return *activations(tuple(parts), len(grad), offsets), sums.sum(0).to(weights.dtype)
     with torch.enable_grad():
         gate_up, weights = gate_up.detach().requires_grad_(), weights.detach().requires_grad_()
         hidden = _weighted(gate_up, weights, limit)
     gate_up_grad, weights_grad = torch.autograd.grad(hidden, (gate_up, weights), grad)
-    return *cast_activation(gate_up_grad), weights_grad
+    return *cast_activation(gate_up_grad, offsets), weights_grad
 
 
 def _weighted(gate_up: Tensor, weights: Tensor, limit: float) -> Tensor:
@@ -71,105 +80,130 @@ def _weighted(gate_up: Tensor, weights: Tensor, limit: float) -> Tensor:
 
 
 @torch.library.custom_op("fourfold::cast_swiglu", mutates_args=())
-def _cast_swiglu(gate_up: Tensor, weights: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cast_swiglu(
+    gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    parts = empty_activations(gate_up, rows, width)
+    parts = empty_activations(gate_up, rows, width, offsets)
     if rows and width:
-        grid = (tiles(width), tiles(rows))
-        inputs = gate_up.contiguous(), weights.contiguous()
-        _swiglu_kernel[grid](*inputs, *parts, rows, width, limit, num_warps=WARPS)
+        grid = (tiles(width), row_slots(rows, offsets))
+        count, most = groups_of(offsets)
+        inputs = gate_up.contiguous(), weights.contiguous(), offsets
+        _swiglu_kernel[grid](
+            *inputs, *parts, rows, width, limit, count, E=most, num_warps=WARPS, maxnreg=REGISTERS
+        )
     return parts
 
 
 @_cast_swiglu.register_fake
-def _(gate_up: Tensor, weights: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_activations(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+def _(
+    gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_activations(gate_up, gate_up.shape[0], gate_up.shape[1] // 2, offsets)
 
 
 @torch.library.custom_op("fourfold::cast_swiglu_backward", mutates_args=())
 def _cast_swiglu_backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor, limit: float
+    grad: Tensor, gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`empty_activations` of d gate_up, and the parts [F / 128, R] of d weights."""
-    parts = _empty_backward(grad, gate_up, weights, limit)
+    parts = _empty_backward(grad, gate_up, weights, offsets, limit)
     rows, width = grad.shape
     if rows and width:
-        grid = (2 * tiles(width), tiles(rows))
-        inputs = grad.contiguous(), gate_up.contiguous(), weights.contiguous()
-        _swiglu_backward_kernel[grid](*inputs, *parts, rows, width, limit, num_warps=BACKWARD_WARPS)
+        grid = (tiles(width), row_slots(rows, offsets))
+        count, most = groups_of(offsets)
+        inputs = grad.contiguous(), gate_up.contiguous(), weights.contiguous(), offsets
+        _swiglu_backward_kernel[grid](*inputs, *parts, rows, width, limit, count, E=most, num_warps=WARPS)
     return parts
 
 
 @_cast_swiglu_backward.register_fake
 def _empty_backward(
-    grad: Tensor, gate_up: Tensor, weights: Tensor, limit: float
+    grad: Tensor, gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     sums = weights.new_empty(tiles(grad.shape[1]), grad.shape[0], dtype=torch.float32)
-    return *empty_activations(gate_up, *gate_up.shape), sums
+    return *empty_activations(gate_up, gate_up.shape[0], gate_up.shape[1], offsets), sums
 
 
-@jit(varying=("R",))
-def _swiglu_kernel(gate_up, weights, values, scales, transposed, transposed_scales, R, width, limit):
-    row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
-    gate = load_tile(gate_up, row, column, R, width, 2 * width)
-    up = load_tile(gate_up + width, row, column, R, width, 2 * width)
-    x = _below(gate, limit)
-    hidden = x * _sigmoid(x) * _within(up, limit) * _weights(weights, row, R)[:, None]
+@jit(varying=("R", "groups"))
+def _swiglu_kernel(
+    gate_up, weights, offsets, values, scales, transposed, transposed_scales, R, width, limit, groups,
+    E: tl.constexpr,
+):  # fmt: skip
+    row, end = rows_of_slot(offsets, R, groups, E)
+    if row >= end:
+        return
+    column = tl.program_id(0) * 128
+    gate = load_tile(gate_up, row, column, end, width, 2 * width)
+    up = load_tile(gate_up + width, row, column, end, width, 2 * width)
+    x = _below(gate.to(tl.float32), limit)
+    hidden = x * _sigmoid(x) * _within(up.to(tl.float32), limit) * _weights(weights, row, end)[:, None]
     hidden = hidden.to(gate.dtype)
-    store_both_ways(hidden, row, column, values, scales, transposed, transposed_scales, R, width)
+    store_both_ways(hidden, row, end, column, values, scales, transposed, transposed_scales, R, width)
 
 
-@jit(varying=("R",))
+@jit(varying=("R", "groups"))
 def _swiglu_backward_kernel(
-    grad, gate_up, weights, values, scales, transposed, transposed_scales, sums, R, width, limit
-):
-    """A program casts a tile of the gates' or the ups' gradient, computed in halves: else registers spill."""
-    block, of_ups = tl.program_id(0) // 2, tl.program_id(0) % 2  # neighbours read the same, once from L2
-    row, column = tl.program_id(1) * 128, block * 128
-    left, left_sum = _gradient(grad, gate_up, weights, row, column, R, width, limit, of_ups)
-    right, right_sum = _gradient(grad, gate_up, weights, row, column + 64, R, width, limit, of_ups)
+    grad, gate_up, weights, offsets, values, scales, transposed, transposed_scales, sums, R, width, limit,
+    groups, E: tl.constexpr,
+):  # fmt: skip
+    """A program casts a tile of the gates' gradient and one of the ups', computed in halves for fewer
+    registers."""
+    row, end = rows_of_slot(offsets, R, groups, E)
+    if row >= end:
+        return
+    column = tl.program_id(0) * 128
+    inputs = grad, gate_up, weights
+    gates_left, ups_left, left = _gradients(inputs, row, end, column, width, limit)
+    gates_right, ups_right, right = _gradients(inputs, row, end, column + 64, width, limit)
     rows = row + tl.arange(0, 128)
-    mask = (rows < R) & (of_ups == 0)
-    tl.store(sums + block.to(tl.int64) * R + rows, left_sum + right_sum, mask=mask)
-    tile = tl.join(left, right).permute(0, 2, 1).reshape(128, 128)
-    column += of_ups * width
-    store_both_ways(tile, row, column, values, scales, transposed, transposed_scales, R, 2 * width)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * R + rows, left + right, mask=rows < end)
+    gates, ups = _beside(gates_left, gates_right), _beside(ups_left, ups_right)
+    store_both_ways(gates, row, end, column, values, scales, transposed, transposed_scales, R, 2 * width)
+    column += width
+    store_both_ways(ups, row, end, column, values, scales, transposed, transposed_scales, R, 2 * width)
 
 
 @jit
-def _gradient(grad, gate_up, weights, row, column, R, width, limit, of_ups):
-    """128 x 64 numbers of dg or of du in gate_up's dtype, and their part of dw [128]."""
-    gate = load_tile(gate_up, row, column, R, width, 2 * width, 64)
-    up = load_tile(gate_up + width, row, column, R, width, 2 * width, 64).to(tl.float32)
-    dh = load_tile(grad, row, column, R, width, width, 64).to(tl.float32)
-    x, clipped = _below(gate, limit), _within(up, limit)
+def _gradients(inputs, row, end, column, width, limit):
+    """128 x 64 numbers of dg and of du in gate_up's dtype, and their part of dw [128]."""
+    grad, gate_up, weights = inputs
+    gate = load_tile(gate_up, row, column, end, width, 2 * width, 64)
+    wide = gate.to(tl.float32)
+    up = load_tile(gate_up + width, row, column, end, width, 2 * width, 64).to(tl.float32)
+    dh = load_tile(grad, row, column, end, width, width, 64).to(tl.float32)
+    x, clipped = _below(wide, limit), _within(up, limit)
     sigmoid = _sigmoid(x)
-    part = tl.sum(dh * (x * sigmoid * clipped), 1)
-    dh *= _weights(weights, row, R)[:, None]
-    gradient = dh * (sigmoid * tl.where(of_ups == 1, x, clipped * (1.0 + x * (1.0 - sigmoid))))
-    inside = tl.where(of_ups == 1, (up >= -limit) & (up <= limit), gate.to(tl.float32) <= limit)
-    return tl.where(inside, gradient, 0.0).to(gate.dtype), part
+    silu = x * sigmoid
+    part = tl.sum(dh * silu * clipped, 1)
+    dh *= _weights(weights, row, end)[:, None]
+    of_gates = tl.where(x == wide, dh * clipped * (sigmoid + silu * (1.0 - sigmoid)), 0.0)
+    of_ups = tl.where(clipped == up, dh * silu, 0.0)
+    return of_gates.to(gate.dtype), of_ups.to(gate.dtype), part
+
+
+@jit
+def _beside(left, right):
+    return tl.join(left, right).permute(0, 2, 1).reshape(128, 128)
 
 
 @jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-x))
 
 
 @jit
 def _below(x, limit):
-    """min(x, limit) in fp32; NaN stays, as in torch's clamp."""
-    x = x.to(tl.float32)
-    return tl.where(x > limit, limit, x)
+    """min(x, limit); NaN stays, as in torch's clamp."""
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
 def _within(x, limit):
-    x = _below(x, limit)
-    return tl.where(x < -limit, -limit, x)
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
-def _weights(weights, row, R):
+def _weights(weights, row, end):
     rows = row + tl.arange(0, 128)
-    return tl.load(weights + rows, mask=rows < R, other=0.0).to(tl.float32)
+    return tl.load(weights + rows, mask=rows < end, other=0.0).to(tl.float32)

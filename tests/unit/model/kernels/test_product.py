@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from model.fp8 import fp8_expert_mlp, fp8_linear
+from model.kernels import grouped, hopper
 from model.kernels import product as module
-from model.kernels.cast import cast_activation, cast_weight
-from model.kernels.product import Setting, grouped_outer_product, grouped_product, product
+from model.kernels.cast import cast_activation, cast_weight, places_in_tiles
+from model.kernels.product import grouped_outer_product, grouped_product, product
 from model.quant import Quantised
 from tests.unit.model.kernels.cases import distance, ends, exact, plain
 
@@ -17,7 +18,7 @@ COUNTS = [
     [0], [1], [127, 0, 1, 2], [0, 129, 130, 0], [0, 0, 1000, 0], [100, 28, 0, 200, 5, 0], [128, 128, 256],
     [64, 64, 64, 1, 383, 424],
 ]  # fmt: skip
-SHAPES = [(64, 64), (128, 192), (512, 128), (192, 512), (72, 1000)]
+SHAPES = [(64, 64), (128, 192), (512, 128), (192, 512), (256, 384), (72, 1000)]
 # Tensor cores add up a tile of 128 in about 14 bits, so fp32 outputs are that close, not as fp32 sums are;
 # bf16 outputs are rounded once, by at most 2^-9.
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 3e-3, torch.float64: 1e-12}
@@ -33,15 +34,17 @@ def forward(a: Quantised, b: Quantised, offsets: Tensor) -> Tensor:
 
 
 def outer(a: Quantised, b: Quantised, offsets: Tensor) -> Tensor:
-    parts = zip(by_group(exact(a).T, offsets), by_group(exact(b).T, offsets), strict=True)
+    place = places_in_tiles(int(offsets[-1]), offsets)
+    parts = zip(*(by_group(exact(x)[:, place].T, offsets) for x in (a, b)), strict=True)
     return torch.stack([own.T @ other for own, other in parts])
 
 
 def operands(counts: list[int], inner: int, outputs: int, device: str = "cpu") -> tuple:
     x, grad = plain(sum(counts), inner), plain(sum(counts), outputs, seed=1)
     weight = plain(len(counts), outputs, inner, seed=2)
-    casts = (cast_activation(x.to(device)), cast_activation(grad.to(device)), cast_weight(weight.to(device)))
-    return *casts, ends(counts).to(device)
+    offsets = ends(counts).to(device)
+    rows = (cast_activation(y.to(device), offsets) for y in (x, grad))
+    return *rows, cast_weight(weight.to(device)), offsets
 
 
 @pytest.mark.parametrize("counts", COUNTS[1:])
@@ -64,7 +67,7 @@ def test_shapes_without_data() -> None:
         fp8, scales = torch.empty(200, 64).to(torch.float8_e4m3fn), torch.empty(200, 1)
         stack, offsets = torch.empty(3, 96, 64).to(torch.float8_e4m3fn), torch.empty(3, dtype=torch.int32)
         out = torch.ops.fourfold.grouped_product(
-            fp8, scales, stack, torch.empty(3, 1, 1), offsets, False, torch.bfloat16
+            fp8, scales, stack, torch.empty(3, 1, 1), offsets, torch.bfloat16
         )
         assert out.shape == (200, 96) and out.dtype == torch.bfloat16
         out = torch.ops.fourfold.grouped_outer_product(fp8, scales, fp8, scales, offsets, torch.float32)
@@ -87,30 +90,30 @@ def test_grouped_kernels(counts: list[int], inner: int, outputs: int, dtype: tor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "setting",
-    [
-        Setting(64, 128, 4, 3), Setting(128, 64, 4, 3, group=4), Setting(stages=3, group=16),
-        Setting(persistent=True), Setting(64, 128, 4, 3, persistent=True),
-    ],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("descriptors", [True, False])
-def test_settings(setting: Setting, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GROUPED", "OUTER"):
-        monkeypatch.setattr(module, name, setting._replace(descriptors=descriptors))
-    for inner, outputs in ((192, 320), (100, 72)):
-        test_grouped_kernels([100, 28, 0, 200, 5, 0], inner, outputs, torch.float32)
+@pytest.mark.parametrize("sizes", [(128, 384), (256, 128)])
+def test_portable_kernels_where_the_others_would_run(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper, "suits", lambda *_: False)
+    test_grouped_kernels([100, 28, 0, 200, 5, 0], *sizes, torch.bfloat16)
 
 
 @pytest.mark.gpu
-def test_nan_stays_in_its_group() -> None:
+@pytest.mark.skipif("torch.cuda.get_device_capability()[0] != 9")
+def test_sizes_of_models_take_the_kernels_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(grouped, "_launch")
+    test_grouped_kernels([100, 28, 0, 200, 5, 0], 256, 384, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", [192, 256])
+def test_nan_stays_in_its_group(inner: int) -> None:
     counts = [100, 28, 0, 200]
-    x, grad = plain(328, 192), plain(328, 128, seed=1)
+    x, grad = plain(328, inner), plain(328, 128, seed=1)
     x[3, 5], grad[300, 7] = float("nan"), float("inf")
-    (rows, columns), (_, grad_columns) = cast_activation(x.cuda()), cast_activation(grad.cuda())
-    w, _ = cast_weight(plain(4, 128, 192, seed=2).cuda())
     offsets = ends(counts).cuda()
+    (rows, columns), (_, grad_columns) = (cast_activation(y.cuda(), offsets) for y in (x, grad))
+    w, _ = cast_weight(plain(4, 128, inner, seed=2).cuda())
     out = grouped_product(rows, w, offsets, torch.float32)
     assert distance(out, forward(rows, w, offsets)) < CLOSE[torch.float32]
     out = grouped_outer_product(grad_columns, columns, offsets, torch.float32)

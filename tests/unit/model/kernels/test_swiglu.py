@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.cast import places_in_tiles
 from model.kernels.swiglu import cast_swiglu, cast_swiglu_backward
 from model.quant import Quantised, dequantise
-from tests.unit.model.kernels.cases import distance, exact
+from tests.unit.model.kernels.cases import distance, ends, exact
 
 LIMIT = 2.0
 
@@ -65,6 +66,20 @@ def test_kernels(rows: int, width: int, dtype: torch.dtype) -> None:
     emulated = cast_swiglu_backward(grad, gate_up, weights, LIMIT)
     assert close(gradients[0], emulated[0]) and close(gradients[1], emulated[1])
     assert gradients[2].dtype == torch.float32 and distance(gradients[2], emulated[2]) < 1e-5
+
+
+@pytest.mark.gpu
+def test_groups() -> None:
+    gate_up, weights, grad = inputs(300, 256, torch.bfloat16)
+    offsets, used = ends([100, 0, 200]), places_in_tiles(300, ends([100, 0, 200]))
+
+    def transposed(device: str) -> tuple[Quantised, Quantised]:
+        x, w, dh, groups = (y.to(device) for y in (gate_up, weights, grad, offsets))
+        return cast_swiglu(x, w, LIMIT, groups)[1], cast_swiglu_backward(dh, x, w, LIMIT, groups)[1]
+
+    ours, wanted = transposed("cuda"), transposed("cpu")
+    for x, y in zip(ours, wanted):
+        assert distance(exact(x)[:, used.cuda()], exact(y)[:, used]) < 2e-3
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import TILE, slots_of, tiles
+from model.kernels.gpu import TILE, power_of_two_of, slots_of, tiles
 
 try:
     from triton.experimental import gluon
@@ -76,8 +76,8 @@ def _launch(
     processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count
     _kernel[(min(count, processors),)](
         a, a_scales, b, b_scales, offsets, out, groups, count, per_group, blocks, rows, columns, steps,
-        stride, OUTER=outer, GROUP=GROUP, STAGES=STAGES, LOADER=LOADER_REGISTERS, REGISTERS=REGISTERS,
-        num_warps=4,
+        stride, OUTER=outer, GROUP=GROUP, STAGES=STAGES, E=power_of_two_of(groups),
+        LOADER=LOADER_REGISTERS, REGISTERS=REGISTERS, num_warps=4,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _descriptor(x: Tensor, rows: int) -> Any:
 @jit
 def _kernel(
     a, a_scales, b, b_scales, offsets, out, groups, count, per_group, blocks, R, N, K_TILES, O,  # noqa: E741
-    OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, LOADER: gl.constexpr,
+    OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, E: gl.constexpr, LOADER: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """`count` tiles of out; R rows and N columns of a group's output (of all groups', where not OUTER)."""
@@ -119,9 +119,9 @@ def _kernel(
     operands = (a_scales, b_scales, out, R, N)
     gl.warp_specialize(
         [
-            (_multiply, (operands, work, shared, staged, 0, OUTER, GROUP, STAGES)),
-            (_multiply, (operands, work, shared, staged, 1, OUTER, GROUP, STAGES)),
-            (_load, (a, b, b_scales, work, shared, OUTER, GROUP, STAGES)),
+            (_multiply, (operands, work, shared, staged, 0, OUTER, GROUP, STAGES, E)),
+            (_multiply, (operands, work, shared, staged, 1, OUTER, GROUP, STAGES, E)),
+            (_load, (a, b, b_scales, work, shared, OUTER, GROUP, STAGES, E)),
         ],
         [4, 1],
         [REGISTERS, LOADER],
@@ -129,12 +129,16 @@ def _kernel(
 
 
 @jit
-def _load(a, b, b_scales, work, shared, OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr):
+def _load(
+    a, b, b_scales, work, shared,
+    OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, E: gl.constexpr,
+):  # fmt: skip
     """The operands of every step of every tile of this program, as soon as there is room for them."""
     x, y, t, full, empty = shared
+    groups = _groups(work, 1, E)
     done = 0
     for tile in range(gl.program_id(0), work[2], gl.num_programs(0)):
-        _e, row, _end, column, b_row, first, steps = _tile(tile, work, OUTER, GROUP)
+        _e, row, _end, column, b_row, first, steps = _tile(tile, work, groups, OUTER, GROUP)
         for k in range(first, first + steps):
             stage = done % STAGES
             mbarrier.wait(empty.index(stage), (done // STAGES & 1) ^ 1)
@@ -145,78 +149,97 @@ def _load(a, b, b_scales, work, shared, OUTER: gl.constexpr, GROUP: gl.constexpr
                 tma.async_copy_global_to_shared(a, [row + 64 * half, k * 128], arrived, x.index(place))
                 tma.async_copy_global_to_shared(b, [b_row + 128 * half, k * 128], arrived, y.index(place))
                 if OUTER:
-                    tma.async_copy_global_to_shared(
-                        b_scales, [k, column + 128 * half], arrived, t.index(place)
-                    )
+                    scales = [k, column + 128 * half]
+                    tma.async_copy_global_to_shared(b_scales, scales, arrived, t.index(place))
             done += 1
 
 
 @jit
 def _multiply(
     operands, work, shared, staged,
-    SIDE: gl.constexpr, OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    SIDE: gl.constexpr, OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """Columns 128 * SIDE to 128 * SIDE + 127 of every tile of this program."""
-    a_scales, b_scales, out, R, N = operands
+    out = operands[2]
     x, y, t, full, empty = shared
     wgmma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]
     )
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, wgmma))
     zero = gl.zeros((64, 128), gl.float32, wgmma)
+    groups = _groups(work, 4, E)
+    place = _tile(gl.program_id(0), work, groups, OUTER, GROUP)
+    s_top, s_bottom, t_scale = _scales(operands, work, place, place[5], rows, SIDE, OUTER)
     done = 0
     for tile in range(gl.program_id(0), work[2], gl.num_programs(0)):
-        e, row, end, column, _b_row, first, steps = _tile(tile, work, OUTER, GROUP)
-        column += SIDE * 128
+        e, row, end, column, _b_row, first, steps = place
         above = gl.zeros((64, 128), gl.float32, wgmma)
         below = gl.zeros((64, 128), gl.float32, wgmma)
-        top = gl.minimum(row + rows, R - 1)
-        bottom = gl.minimum(row + 64 + rows, R - 1)
-        last = gl.maximum(first + steps - 1, first)
-        s_at = a_scales + gl.cast(first, gl.int64) * R
-        s_top_next = gl.load(s_at + top)
-        s_bottom_next = gl.load(s_at + bottom)
-        if not OUTER:  # one scale for 128 columns
-            t_at = b_scales + (e * (work[6] // 128) + gl.minimum(column, N - 128) // 128) * work[5]
-            t_next = gl.load(t_at)
         for k in range(first, first + steps):
-            s_top, s_bottom = s_top_next, s_bottom_next
-            after = gl.minimum(k + 1, last)
-            s_at = a_scales + gl.cast(after, gl.int64) * R
-            s_top_next = gl.load(s_at + top)
-            s_bottom_next = gl.load(s_at + bottom)
-            if not OUTER:
-                scale = t_next
-                t_next = gl.load(t_at + after)
+            after = gl.minimum(k + 1, first + steps - 1)
+            s_top_next, s_bottom_next, t_next = _scales(operands, work, place, after, rows, SIDE, OUTER)
             stage = done % STAGES
             mbarrier.wait(full.index(stage), done // STAGES & 1)
             if OUTER:
                 scale = t.index(2 * stage + SIDE).load(wgmma)  # [1, 128]
+            else:
+                scale = t_scale
             other = y.index(2 * stage + SIDE).permute((1, 0))
             above += _scaled(_product(x.index(2 * stage), other, zero), s_top, scale, OUTER)
             part = _product(x.index(2 * stage + 1), other, zero)
             mbarrier.arrive(empty.index(stage), count=1)
             below += _scaled(part, s_bottom, scale, OUTER)
+            s_top, s_bottom, t_scale = s_top_next, s_bottom_next, t_next
             done += 1
+        place = _tile(gl.minimum(tile + gl.num_programs(0), work[2] - 1), work, groups, OUTER, GROUP)
+        s_top, s_bottom, t_scale = _scales(operands, work, place, place[5], rows, SIDE, OUTER)
+        column += SIDE * 128
         if OUTER:
+            row += e * operands[3]
             tma.store_wait(pendings=0)
             staged.index(2 * SIDE).store(above.to(out.dtype))
             staged.index(2 * SIDE + 1).store(below.to(out.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out, [e * R + row, column], staged.index(2 * SIDE))
-            tma.async_copy_shared_to_global(out, [e * R + row + 64, column], staged.index(2 * SIDE + 1))
+            tma.async_copy_shared_to_global(out, [row, column], staged.index(2 * SIDE))
+            tma.async_copy_shared_to_global(out, [row + 64, column], staged.index(2 * SIDE + 1))
         else:
-            _store(above, out, row, column, end, N)
-            _store(below, out, row + 64, column, end, N)
+            _store(above, out, row, column, end, operands[4])
+            _store(below, out, row + 64, column, end, operands[4])
     if OUTER:
         tma.store_wait(pendings=0)
 
 
 @jit
-def _tile(tile, work, OUTER: gl.constexpr, GROUP: gl.constexpr):
+def _scales(operands, work, place, k, rows, SIDE: gl.constexpr, OUTER: gl.constexpr):
+    """Those of step k of a tile: of its upper and lower rows [64], and where it is one, of the columns."""
+    a_scales, b_scales, _out, R, N = operands
+    e, row, _end, column, _b_row, _first, _steps = place
+    s_at = a_scales + gl.cast(k, gl.int64) * R
+    if OUTER:
+        t = 1.0
+    else:
+        block = gl.minimum(column + 128 * SIDE, N - 128) // 128
+        t = gl.load(b_scales + (e * (N // 128) + block) * work[5] + k)
+    top = gl.load(s_at + gl.minimum(row + rows, R - 1))
+    return top, gl.load(s_at + gl.minimum(row + 64 + rows, R - 1)), t
+
+
+@jit
+def _groups(work, WARPS: gl.constexpr, E: gl.constexpr):
+    """Every group's number, first and end row: [E] each."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    index = gl.arange(0, E, layout=layout)
+    starts = gl.load(work[0] + index - 1, mask=(index > 0) & (index < work[1]), other=0)
+    ends = gl.load(work[0] + index, mask=index < work[1], other=0)
+    return index, starts, ends
+
+
+@jit
+def _tile(tile, work, groups, OUTER: gl.constexpr, GROUP: gl.constexpr):
     """Of the `tile`-th tile: its group, first row, end row of the group, first column, first row of b, and
     the first and the number of tiles to sum over."""
-    offsets, groups, _count, per_group, blocks, k_tiles, columns = work
+    _offsets, count, _count, per_group, blocks, k_tiles, columns = work
+    index, starts, ends = groups
     within = tile % (per_group * blocks)
     first = within // (GROUP * blocks) * GROUP
     height = gl.minimum(per_group - first, GROUP)
@@ -224,25 +247,15 @@ def _tile(tile, work, OUTER: gl.constexpr, GROUP: gl.constexpr):
     slot, column = first + within % height, within // height * 256
     if OUTER:
         e = tile // (per_group * blocks)
-        start, end = _rows(offsets, e)
+    else:
+        e = gl.sum(((starts // 128 + index <= slot) & (index < count)).to(gl.int32), 0) - 1
+    start = gl.sum(gl.where(index == e, starts, 0), 0)
+    end = gl.sum(gl.where(index == e, ends, 0), 0)
+    if OUTER:
         return e, slot * 128, end, column, column, start // 128 + e, gl.cdiv(end - start, 128)
     else:
-        e = 0  # the last group whose tiles begin at or before this one
-        beyond = groups
-        while beyond - e > 1:
-            middle = (e + beyond) // 2
-            start, end = _rows(offsets, middle)
-            before = start // 128 + middle <= slot
-            e = gl.where(before, middle, e)
-            beyond = gl.where(before, beyond, middle)
-        start, end = _rows(offsets, e)
         row = start + (slot - start // 128 - e) * 128
         return e, row, end, column, e * columns + column, 0, gl.where(row < end, k_tiles, 0)
-
-
-@jit
-def _rows(offsets, e):
-    return gl.load(offsets + gl.maximum(e - 1, 0), mask=e > 0, other=0), gl.load(offsets + e)
 
 
 @jit

@@ -19,6 +19,8 @@ groups that each begin a tile of 128 (`model.kernels.cast`).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,9 +92,13 @@ def _library_takes(a: Quantised, b: Quantised, dtype: torch.dtype) -> bool:
     (rows, inner), columns = a.values.shape, len(b.values)
     every = TILE if b.block == FP8_BLOCK else 16
     fits = rows % 16 == 0 and inner % TILE == 0 and columns % every == 0 and rows * inner * columns > 0
+    return fits and dtype != torch.float32 and _library_has_scales(a.values.device)
+
+
+@cache
+def _library_has_scales(device: torch.device) -> bool:
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    hopper = torch.cuda.get_device_capability(a.values.device)[0] == 9
-    return fits and hopper and version >= (12, 9) and dtype != torch.float32
+    return torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
 
 
 def _library_product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:

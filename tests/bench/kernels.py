@@ -11,8 +11,8 @@
 Every line of JSON is one measurement: milliseconds are medians between CUDA events over calls in a row,
 after warm-up, of random numbers. Before it is timed an FP8 result is compared with fp64 of the same
 quantised operands (`error`, a relative norm), and a cast with its reference bit for bit. What is compared
-takes turns, after half a second of warming up: a GPU's clock falls as it gets warm. `--tune` tries settings of
-the kernels first and says which was best; the rest then runs with the settings in the code.
+takes turns, after half a second of warming up: a GPU's clock falls as it gets warm. `--tune` tries settings
+of the kernels first and says which was best; the rest then runs with the settings in the code.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import json
 import statistics
 import time as clock
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -140,6 +142,7 @@ def square(n: int) -> Iterator[Row]:
         lambda: F.linear(x, w),
         lambda: torch._scaled_mm(a.values, b.values.mT, one, one.mT, out_dtype=torch.bfloat16),
         *(call for *_, call in cases),
+        in_a_row=30,
     )
     for (name, *_), time, error in zip(cases, times, errors, strict=True):
         yield {
@@ -213,7 +216,7 @@ def casts() -> Iterator[Row]:
         size = sum(x.nbytes for x in (*inputs, *_tensors(result)))
         source = torch.empty(size // 2, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
-        time, floor = milliseconds(call, lambda: target.copy_(source))
+        time, floor = milliseconds(call, partial(target.copy_, source))
         yield {
             "part": "casts", "case": name, "ms": time, "gb_per_s": size / time / 1e6,
             "copy_gb_per_s": size / floor / 1e6, "over_floor": time / floor,
@@ -306,16 +309,17 @@ def layer() -> Iterator[Row]:
         return torch.autograd.grad(forward(mlp), leaves, upstream)
 
     found, plain = both(fp8_expert_mlp), both(expert_mlp)
-    with patch.multiple(cast, runs_kernels=_no), patch.multiple(swiglu, runs_kernels=_no):
-        with patch.multiple(products, runs_kernels=_no):
-            emulated = both(fp8_expert_mlp)
+    with ExitStack() as stack:
+        for module in (cast, swiglu, products):
+            stack.enter_context(patch.object(module, "runs_kernels", _no))
+        emulated = both(fp8_expert_mlp)
     error = max(distance(a, b.double()) for a, b in zip(found, emulated, strict=True))
     if error > 0.01:  # sums in other orders round to other FP8 numbers here and there
         raise AssertionError(f"the kernels are {error} from their emulation")
     apart = max(distance(a, b.double()) for a, b in zip(found, plain, strict=True))
     del found, plain, emulated
     for name, call in (("forward", forward), ("forward and backward", both)):
-        fp8, bfloat = milliseconds(lambda: call(fp8_expert_mlp), lambda: call(expert_mlp), in_a_row=3)
+        fp8, bfloat = milliseconds(partial(call, fp8_expert_mlp), partial(call, expert_mlp), in_a_row=3)
         yield {
             "part": "layer", "case": name, "ms": fp8, "bf16_ms": bfloat, "over_bf16": bfloat / fp8,
             "from_emulation": error, "from_bf16": apart,

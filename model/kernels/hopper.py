@@ -33,7 +33,7 @@ except ImportError:
     gluon = gl = None  # type: ignore[assignment]
 
 STAGES = 3  # steps of operands in shared memory
-GROUP = 8  # row tiles that share column tiles in L2
+GROUP = 4  # row tiles that share column tiles in L2
 LOADER_REGISTERS, REGISTERS = 24, 240  # of a thread that loads, and of one that multiplies
 
 

@@ -10,9 +10,8 @@
 
 Every line of JSON is one measurement: milliseconds are medians between CUDA events over calls in a row,
 after warm-up, of random numbers. Before it is timed an FP8 result is compared with fp64 of the same
-quantised operands (`error`, a relative norm), and a cast with its reference bit for bit. What is compared
-takes turns, after half a second of warming up: a GPU's clock falls as it gets warm. `--tune` tries settings
-of the kernels first and says which was best; the rest then runs with the settings in the code.
+quantised operands (`error`, a relative norm), and a cast with its reference bit for bit. `--tune` tries
+settings of the kernels first and says which was best; the rest then runs with the settings in the code.
 """
 
 from __future__ import annotations
@@ -75,22 +74,25 @@ def _short(value: Any) -> Any:
 
 
 def milliseconds(*calls: Callable[[], Any], samples: int = 9, in_a_row: int = 5) -> list[float]:
-    """Median of every call. They take turns, so that all meet the same clock, which falls as a GPU gets warm;
-    each several times in a row, so that the GPU never waits for Python."""
-    times: list[list[float]] = [[] for _ in calls]
+    """Median of every call, each after WARM_UP seconds of itself: a GPU's clock falls as it gets warm, by how
+    much depends on what it computes. Several in a row, so that the GPU never waits for Python."""
+    return [_median(call, samples, in_a_row) for call in calls]
+
+
+def _median(call: Callable[[], Any], samples: int, in_a_row: int) -> float:
+    times: list[float] = []
     heated = clock.perf_counter() + WARM_UP
-    while len(times[0]) < samples:
+    while len(times) < samples:
         warm = clock.perf_counter() > heated
-        for call, own in zip(calls, times, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(in_a_row):
-                call()
-            end.record()
-            end.synchronize()
-            if warm:
-                own.append(start.elapsed_time(end) / in_a_row)
-    return [statistics.median(own) for own in times]
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(in_a_row):
+            call()
+        end.record()
+        end.synchronize()
+        if warm:
+            times.append(start.elapsed_time(end) / in_a_row)
+    return statistics.median(times)
 
 
 def random(*shape: int) -> Tensor:

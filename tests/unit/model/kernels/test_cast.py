@@ -108,7 +108,7 @@ def test_layouts_that_products_read_without_copies() -> None:
     assert transposed.values.stride() == (256, 1) and transposed.scales.stride() == (1, 192)
     filling = torch.as_strided(transposed.values.view(torch.uint8), (192, 56), (256, 1), 200)
     assert not filling.any()
-    for quantised in cast_weight(torch.randn(3, 200, 192, device="cuda")):
+    for quantised in cast_weight(torch.randn(3, 200, 192, device="cuda").bfloat16()):
         assert quantised.values.is_contiguous() and quantised.scales.is_contiguous()
 
 

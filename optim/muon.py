@@ -57,7 +57,7 @@ def muon_step(
     torch._foreach_add_(momenta, grads)
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
     squares = []
-    for chunk in _same_shape_chunks(weights, chunk_elements):
+    for chunk in same_shape_chunks(weights, chunk_elements):
         nesterov = torch.stack([momenta[i] for i in chunk]).mul_(momentum)  # [k, n, m]
         nesterov += torch.stack([grads[i] for i in chunk])
         update = newton_schulz(nesterov, dtype)  # [k, n, m]
@@ -68,7 +68,8 @@ def muon_step(
     return torch.stack(squares).sum() if measure else None
 
 
-def _same_shape_chunks(matrices: list[Tensor], elements: int) -> Iterator[list[int]]:
+def same_shape_chunks(matrices: list[Tensor], elements: int) -> Iterator[list[int]]:
+    """Indices of matrices of one shape, together of at most so many elements, or of one matrix."""
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         by_shape[matrix.shape].append(index)

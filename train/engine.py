@@ -21,12 +21,13 @@ from model.model import ForCausalLM, ModelOutput, stays_fp32
 from model.precision import Precision
 from optim.config import OptimConfig
 from optim.groups import SETS, build_groups, set_active
-from optim.muon import HybridOptimizer, clip_grad_norm_per_set
+from optim.muon import HybridOptimizer, clip_grad_norm_per_set, same_shape_chunks
 from optim.partition import is_expert
 from optim.schedule import set_lr
 from train.quantisation import fp4_metrics, fp4_statistics
 
 Batch = Mapping[str, Tensor]
+FP4_CHUNK = 1 << 24  # masters whose rounding is measured at once
 
 
 def compile_hot_parts(model: nn.Module) -> None:
@@ -163,9 +164,10 @@ class Engine(ABC):
         """What rounding does to the experts' masters of all ranks."""
         sums = torch.zeros(9, dtype=torch.float64, device=self.model.lm_head.weight.device)
         for group in self.optimizer.param_groups:
-            for view in group["views"]:
-                if is_expert(view.piece.name):
-                    sums += fp4_statistics(view.of(group["params"])) / group.get("holders", 1)
+            experts = [view.of(group["params"]) for view in group["views"] if is_expert(view.piece.name)]
+            for chunk in same_shape_chunks(experts, FP4_CHUNK):
+                stack = torch.stack([experts[i] for i in chunk])
+                sums += fp4_statistics(stack) / group.get("holders", 1)
         return fp4_metrics(self._sum_over_ranks(sums))
 
     def _collect(self) -> None:  # noqa: B027

@@ -96,8 +96,8 @@ def fp8_statistics(x: Tensor, block: Block) -> Tensor:
 
 
 def fp4_statistics(x: Tensor) -> Tensor:
-    """What `quantise_fp4` does to x [M, N], N even, as sums in fp64 [9]: five as in `fp8_statistics`, then
-    blocks of 128 x 128, those with a span above 14, the sum of spans, numbers that FP8 changes again.
+    """What `quantise_fp4` does to x [..., M, N], N even, as sums in fp64 [9]: five as in `fp8_statistics`,
+    then blocks of 128 x 128, those with a span above 14, the sum of spans, numbers that FP8 changes again.
 
     FP8 holds E2M1 numbers times 2^d for d from -8 to 6: all of a block whose scales span 2^14 or less. Of
     others it rounds the smallest to nearest, as always: off by 2^-18 of the block's largest number at most.
@@ -105,10 +105,10 @@ def fp4_statistics(x: Tensor) -> Tensor:
     packed, scales = quantise_fp4(x)
     kept = dequantise_fp4(packed, scales)
     at_most = kept.abs() == FP4_VALUES[7] * scales.float().repeat_interleave(32, -1)[..., : x.shape[-1]]
-    exponent = torch.frexp(scales.float()).exponent.float()
+    exponent = torch.frexp(scales.float()).exponent.float().view(-1, *scales.shape[-2:])
     used = exponent - 1 > LEAST  # others are of zeros
     high, low = (
-        F.max_pool2d(torch.where(used, signed, -torch.inf)[None], (128, 4), ceil_mode=True)
+        F.max_pool2d(torch.where(used, signed, -torch.inf), (128, 4), ceil_mode=True)
         for signed in (exponent, -exponent)
     )
     span = (high + low).clamp(min=0).double()

@@ -18,6 +18,7 @@ SPEED = ("model", "sequence", "rows × steps", "side", "tokens/s", "MFU", "peak 
 ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "optimizer", "peak memory")
 DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
+KERNELS = ("kernel", "ms", "TFLOP/s or GB/s", "beside", "ratio", "hardware")
 MESHES = ("configuration", "GPUs", *MEMORY[1:], "seconds a step", "tokens/s", "hardware")
 RECOMPUTE = ("configuration", "train.recompute", *MEMORY[1:], "seconds a step", "tokens/s")
 
@@ -67,6 +68,24 @@ def recompute_row(result: Result) -> Row:
     return (case, how, *memory_row(result)[1:], *speed)
 
 
+def kernel_row(result: Result) -> Row:
+    """Of `tests.bench.kernels`."""
+    part, time = result["part"], result["ms"]
+    if part == "casts":
+        speed, beside, ratio = f"{result['gb_per_s']:,.0f} GB/s", "a copy of as many bytes", "over_floor"
+    elif part == "dense":
+        what = f"scales by row, {result['rowwise_tflops']:,.0f} TFLOP/s"
+        speed, beside, ratio = f"{result['tflops']:,.0f} TFLOP/s", what, "of_rowwise"
+    elif part == "grouped":
+        what = f"bf16, {result['bf16_tflops']:,.0f} TFLOP/s"
+        speed, beside, ratio = f"{result['tflops']:,.0f} TFLOP/s", what, "over_bf16"
+    else:
+        speed, beside, ratio = "", f"bf16, {result['bf16_ms']:.2f} ms", "over_bf16"
+    how = "of its time" if part == "casts" else "as fast"
+    name = f"{part}: {result['case'].replace('^3', '³')}"
+    return (name, f"{time:.3f}", speed, beside, f"{result[ratio]:.2f} × {how}", result["device"])
+
+
 def mesh_row(result: Result) -> Row:
     """Of `tests.bench.memory` under torchrun, or beside it in one file."""
     speed = (f"{result['seconds']:.3f}", f"{result['tokens_per_s']:,.0f}")
@@ -106,6 +125,7 @@ def print_table(columns: Row, rows: Iterable[Row]) -> None:
 
 def main(paths: list[str]) -> None:
     files = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
+    kernels = [result for file in files for result in file if "part" in result]
     meshes = [file for file in files if any(result.get("world", 1) > 1 for result in file)]
     results = [result for file in files if file not in meshes for result in file]
     engines = [result for result in results if "engine" in result]
@@ -116,6 +136,7 @@ def main(paths: list[str]) -> None:
     memory = [result for result in results if "predicted_total" in result]
     compared = [result for result in memory if " train.recompute=" in result["case"]]
     print_table(MEMORY, (memory_row(result) for result in memory if result not in compared))
+    print_table(KERNELS, map(kernel_row, kernels))
     print_table(MESHES, (mesh_row(result) for file in meshes for result in file))
     print_table(RECOMPUTE, (recompute_row(result) for result in compared))
 

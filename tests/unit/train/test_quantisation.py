@@ -158,3 +158,10 @@ def test_fp4_statistics_by_hand() -> None:
     kept = quantise_fp8(fp4, FP8_BLOCK)
     assert changed == int((kept.values.float() * kept.scales.repeat_interleave(128, 0) != fp4).sum()) == 1
     assert dequantise_fp4(torch.zeros(1, 16, dtype=torch.uint8), torch.ones(1, 1)).shape == (1, 32)
+
+
+def test_masters_are_measured_together_as_one_by_one() -> None:
+    stack = torch.randn(3, 200, 160) * torch.exp2(torch.arange(-2.0, 1.0)).view(3, 1, 1)
+    torch.testing.assert_close(
+        fp4_statistics(stack), sum(fp4_statistics(x) for x in stack), rtol=1e-12, atol=0
+    )

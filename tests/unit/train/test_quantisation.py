@@ -163,5 +163,5 @@ def test_fp4_statistics_by_hand() -> None:
 def test_masters_are_measured_together_as_one_by_one() -> None:
     stack = torch.randn(3, 200, 160) * torch.exp2(torch.arange(-2.0, 1.0)).view(3, 1, 1)
     torch.testing.assert_close(
-        fp4_statistics(stack), sum(fp4_statistics(x) for x in stack), rtol=1e-12, atol=0
+        fp4_statistics(stack), sum(fp4_statistics(x) for x in stack), rtol=1e-6, atol=0
     )

@@ -48,7 +48,9 @@ class Recovery:
     @property
     def passed_over(self) -> tuple[range, ...]:
         """Sequences of the stream that are not trained on."""
-        return tuple(range(*spike.sequences) for spike in rollbacks(self.spikes) if spike.policy == "skip")
+        return tuple(
+            range(s.sequences[0] - 1, s.sequences[1]) for s in rollbacks(self.spikes) if s.policy == "skip"
+        )
 
     def look(self, point: Point, finite: bool) -> Spike | None:
         """The spike that a step is in, with what is to be done; `finite`: whether all that was logged is."""
@@ -61,7 +63,7 @@ class Recovery:
             return None
         onset, why = found
         begin = next(p for p in self.points if p.step == onset)
-        first = begin.sequences - self.config.timeline.at(onset - 1).sequences(onset - 1)
+        first = begin.sequences - self.config.timeline.at(onset - 1).sequences(onset - 1) + 1
         policy = config.on_spike if finite else config.on_nan
         return Spike(step, onset, why, policy, (first, point.sequences))
 
@@ -128,8 +130,8 @@ def recover(run: Run, spike: Spike, finite: bool) -> bool:
         helped = f"{tried} rollbacks to step {step} did not help; " if tried else ""
         remedy = f"go on from {place or newest}" if newest else "start again"
         raise ConfigError(f"{line}; {helped}{remedy}, lower optim.lr")
-    first, after = spike.sequences
-    since = f"since step {spike.onset}, sequences {first} to {after - 1}"
+    first, last = spike.sequences
+    since = f"since step {spike.onset}, sequences {first} to {last}"
     run.report.warn(f"{line} ({since}); {spike.policy}" + (f" from step {step}" if place else ""))
     if place:
         with ranks.watch.patient():

@@ -93,8 +93,7 @@ class Spike:
     step, onset   at which it was noticed, and began
     why           in words
     policy        what was done
-    sequences     of the global stream that steps `onset` to `step` were trained on: the first, and the first
-                  after them
+    sequences     the first and the last, counted from 1, that steps `onset` to `step` were trained on
     back_to       step of the checkpoint that the run went back to; None where it did not
     ahead, until  anticipate: see `SpikesConfig.ahead`; the last step whose routing is
     """

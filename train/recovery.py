@@ -40,22 +40,19 @@ class Recovery:
     config: RunConfig
     spikes: list[Spike] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
-    routes: dict[int, list[Routes]] = field(
-        default_factory=dict
-    )  # by step, counted from 0; int16, on the host
+    routes: dict[int, list[Routes]] = field(default_factory=dict)  # by step, from 0; int16 on the host
     postponed: bool = False  # a checkpoint is
 
     @property
     def passed_over(self) -> tuple[range, ...]:
         """Sequences of the stream that are not trained on."""
-        return tuple(
-            range(s.sequences[0] - 1, s.sequences[1]) for s in rollbacks(self.spikes) if s.policy == "skip"
-        )
+        skipped = (spike.sequences for spike in rollbacks(self.spikes) if spike.policy == "skip")
+        return tuple(range(first - 1, last) for first, last in skipped)
 
     def look(self, point: Point, finite: bool) -> Spike | None:
         """The spike that a step is in, with what is to be done; `finite`: whether all that was logged is."""
         config, step = self.config.spikes, point.step
-        self.points = [*self.points, point][-config.window - config.lookback - 1 :]
+        self.points = [*self.points, point][-config.remembered :]
         quiet = max((spike.step + config.cooldown for spike in self.spikes), default=0)
         since = self.config.last_switch(step - 1)
         found = find_spike(self.points, config, since, quiet, finite)
@@ -96,13 +93,13 @@ class Recovery:
 def find_recovery(config: RunConfig, folder: Path, ranks: Ranks) -> Recovery:
     """Of the run in `folder`, from its files, which are as they were after the last step."""
 
-    def read() -> Recovery:
+    def read() -> tuple[list[Spike], list[Point]]:
         metrics = folder / "metrics.jsonl"
         lines = read_lines(metrics) if metrics.exists() else []
         points = [Point.of(line) for line in lines if "lm" in line and "sequences" in line]
-        return Recovery(config, read_spikes(folder), points)
+        return read_spikes(folder), points[-config.spikes.remembered :]
 
-    return ranks.share(ranks.together(read, only_first=True))
+    return Recovery(config, *ranks.share(ranks.together(read, only_first=True)))
 
 
 def recover(run: Run, spike: Spike, finite: bool) -> bool:

@@ -43,7 +43,7 @@ class SpikesConfig:
 
     on_nan: str = "replay"
     on_spike: str = "record"
-    threshold: float = 8.0
+    threshold: float = 10.0
     window: int = 50
     warmup: int = 100
     lookback: int = 10
@@ -64,6 +64,11 @@ class SpikesConfig:
             self._check(key, getattr(self, key) >= 0, "0 or more")
         for key in ("rollbacks", "ahead"):
             self._check(key, getattr(self, key) >= 1, "1 or more")
+
+    @property
+    def remembered(self) -> int:
+        """Points that are looked at: the trend of the first step at which a spike may have begun, and on."""
+        return self.window + self.lookback + 1
 
     def _check(self, key: str, good: bool, rule: str) -> None:
         if not good:

@@ -137,13 +137,9 @@ def find_spike(
     if not why:
         return None
     first = max(since + config.warmup, last.step - config.lookback - 1)
-    for index, point in enumerate(points[:-1]):
-        if (
-            point.step > first
-            and max(height(points[: index + 1], config.window, since)) * 2 >= config.threshold
-        ):
-            return point.step, why
-    return last.step, why
+    earlier = (points[:end] for end in range(1, len(points)) if points[end - 1].step > first)
+    high = (p[-1].step for p in earlier if max(height(p, config.window, since)) >= config.threshold / 2)
+    return next(high, last.step), why
 
 
 def height(points: Sequence[Point], window: int, since: int) -> tuple[float, float]:

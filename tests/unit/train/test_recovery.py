@@ -84,6 +84,20 @@ def test_the_present_weighs_what_the_past_chose(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(bias.sign(), (loads.mean() - loads).sign().float())
 
 
+def test_choosing_keeps_nothing_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+    forward = TorchEngine.__call__
+
+    def call(engine: TorchEngine, *arguments: Any, **options: Any) -> ModelOutput:
+        enabled.append(torch.is_grad_enabled())
+        return forward(engine, *arguments, **options)
+
+    monkeypatch.setattr(TorchEngine, "__call__", call)
+    config = run_config(micro=2)
+    choose_experts(engine_for(config), uneven_batch(), config, ALONE)
+    assert enabled == [False, False]
+
+
 def recovery(*spikes: Spike, steps: int = 100) -> Recovery:
     config = run_config()
     return Recovery(replace(config, train=replace(config.train, steps=steps)), list(spikes))

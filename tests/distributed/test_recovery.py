@@ -76,6 +76,6 @@ def rehearse(ranks: Ranks, text: str) -> None:
 
 
 def test_routing_and_rollback_on_a_mesh(tmp_path: Path) -> None:
-    cases = [Case("muon", {"ep": 2}, recompute="selective"), Case("adamw", dense=True)]
-    cases += [Case("adamw", {"cp": 2}, stage=1, dtype="bfloat16")]
+    cases = [Case("muon", {"ep": 2}, recompute="selective")]
+    cases += [Case("adamw", {"cp": 2}, stage=1, dtype="bfloat16", dense=True)]
     spawn(2, "tests.distributed.test_recovery", "rehearse", json.dumps(cases), folder=tmp_path)

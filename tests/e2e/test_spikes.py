@@ -56,7 +56,7 @@ def spiking(
     if world > 1:
         program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *program]
     return subprocess.run(
-        [sys.executable, *program, "spikes.on_spike=anticipate", f"run.name={name}", *extra],
+        [sys.executable, *program, *extra, "spikes.on_spike=anticipate", f"run.name={name}"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
@@ -159,7 +159,7 @@ def test_data_is_passed_over(corpus: Path, undisturbed: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def anticipated(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    result = spiking(corpus, runs, "whole", str(SPIKE))
+    result = spiking(corpus, runs, "whole", str(SPIKE), "parallel=single")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "warning: step 20: the" in result.stdout and "anticipate from step 15" in result.stdout
     return runs / "whole"
@@ -184,7 +184,7 @@ def test_killed_in_a_rollback_and_while_routing_is_anticipated(
 ) -> None:
     """First when the spike is on record and nothing is undone yet, then in the recovery."""
     for where in (f"{SPIKE},record", f"{SPIKE},22", str(SPIKE)):
-        result = spiking(corpus, tmp_path, "killed", where, "resume=auto")
+        result = spiking(corpus, tmp_path, "killed", where, "parallel=single", "resume=auto")
         assert result.returncode == (0 if where == str(SPIKE) else -9), result.stderr[-3000:]
     assert same(tmp_path / "killed", anticipated)
     assert read_spikes(tmp_path / "killed") == read_spikes(anticipated)

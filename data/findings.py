@@ -1,11 +1,11 @@
-"""What a run will train on, measured: the shards of each source, their packing, and the first sequences."""
+"""What a run will train on, measured: the shards of each source, their packing, and sequences as text."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,8 +97,9 @@ class Document(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A sequence of the run: all that is in it, and the first of it as text."""
+    """A sequence of the run, by its number, from 1: all that is in it, and the first of it as text."""
 
+    number: int
     source: str
     seq_len: int
     boxes: list[Box]
@@ -129,10 +130,18 @@ class Findings:
 
 
 def look(
-    config: DataConfig, stages: list[Stage], *, seed: int, count: int, say: Say, progress: bool = False
+    config: DataConfig,
+    stages: list[Stage],
+    *,
+    seed: int,
+    count: int,
+    say: Say,
+    first: int = 1,
+    progress: bool = False,
 ) -> Findings:
-    """Make the shards that are missing and measure them; `count` sequences are decoded. With
-    `config.shuffle_shards` only a source without any shard gets its first one. Raises ConfigError."""
+    """Make the shards that are missing and measure them; `count` sequences are decoded, from number `first`
+    on. With `config.shuffle_shards` only a source without any shard gets its first one. Raises ConfigError.
+    """
     prepared = prepare(config, say=say)
     cache = Path(config.cache_dir).expanduser()
 
@@ -143,10 +152,10 @@ def look(
 
     todo = prepared.tasks
     if config.shuffle_shards is not None:
-        first = {
+        lacking = {
             listing.units[0].fingerprint for name, listing in prepared.listings.items() if not ready(name)
         }
-        todo = {path: unit for path, unit in todo.items() if unit.fingerprint in first}
+        todo = {path: unit for path, unit in todo.items() if unit.fingerprint in lacking}
     Supply(todo, prepared.tokenizer, config, cache, builder=True, say=say).make_all(progress=progress)
     supply = Supply(prepared.tasks, prepared.tokenizer, config, cache, builder=True, say=say)
 
@@ -174,12 +183,15 @@ def look(
     ]
     samples = [
         Sample(
+            number,
             name,
-            stages[0].seq_len,
+            seq_len,
             boxes(sequence),
             [document(piece, prepared.tokenizer) for piece in sequence[:MOST_DOCUMENTS]],
         )
-        for name, sequence in beginning(streams, stages[0], seed, count)
+        for number, name, seq_len, sequence in islice(
+            in_order(streams, stages, seed), first - 1, first - 1 + count
+        )
     ]
     return Findings(stages, holdings, packings, samples, notes(holdings, begun))
 
@@ -229,16 +241,19 @@ def packed(stream: Stream, stage: Stage, name: str) -> Packing:
     )
 
 
-def beginning(
-    streams: dict[str, Stream], stage: Stage, seed: int, count: int
-) -> Iterator[tuple[str, Sequence]]:
-    """The first sequences of the run, within its first stage, each with its source."""
-    mixture = Mixture(dict(stage.weights), seed)
-    cursors = dict.fromkeys(streams, Cursor())
-    for g in range(min(count, stage.tokens // stage.seq_len)):
-        name = mixture.source(g)
-        sequence, cursors[name] = streams[name].take(cursors[name], stage.seq_len)
-        yield name, sequence
+def in_order(
+    streams: dict[str, Stream], stages: list[Stage], seed: int
+) -> Iterator[tuple[int, str, int, Sequence]]:
+    """The sequences of the run from its first, each with its number, source and length."""
+    cursors, g, weights, mixed_from = dict.fromkeys(streams, Cursor()), 0, None, 0
+    for stage in stages:
+        if stage.weights != weights:
+            mixture, weights, mixed_from = Mixture(dict(stage.weights), seed), stage.weights, g
+        for _ in range(stage.tokens // stage.seq_len):
+            name = mixture.source(g - mixed_from)
+            sequence, cursors[name] = streams[name].take(cursors[name], stage.seq_len)
+            g += 1
+            yield g, name, stage.seq_len, sequence
 
 
 def size_of(piece: Piece) -> int:

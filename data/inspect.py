@@ -23,15 +23,18 @@ from data.findings import Findings, Holdings, Packing, Sample, Stage, bins, hist
 from data.prepare import exit_code
 
 HELP = """\
-Look at what a run will train on: python -m data.inspect [KEY=VALUE ...] [--html FILE] [--sequences N]
+Look at what a run will train on: python -m data.inspect [KEY=VALUE ...] [--html FILE]
+                                                         [--sequences N] [--first NUMBER]
 
 Give it the arguments of your training command. It shows documents, tokens and lengths of every source, how
-often the run goes over them, how they are packed into sequences, and the run's first N (2) sequences as text:
-long documents are shortened, marks such as a document's end stand out, control characters read \\x1b.
+often the run goes over them, how they are packed into sequences, and N (2) of the run's sequences as text,
+from its first one on or from NUMBER: long documents are shortened, marks such as a document's end stand out,
+control characters read \\x1b.
 
   python -m data.inspect data.path=texts                         before the first run on texts of one's own
   python -m data.inspect data.path=texts --html texts.html       with plots, as one file to keep or to show
   python -m data.inspect experiment=nano data=mixture phases=v4_lengths --sequences 8
+  python -m data.inspect ... --first 4097 --sequences 16         what a spike was trained on (spikes.jsonl)
 
 What to look for:
   left out     by min_tokens, max_tokens and deduplicate of a source: more than meant?
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> None:
     """Look, print, and write the page."""
-    overrides, page, count = arguments(argv)
+    overrides, page, first, count = arguments(argv)
     from configs.compose import compose
 
     config = compose(overrides)
@@ -81,7 +84,13 @@ def run(argv: list[str]) -> None:
         errors.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
     found = look(
-        config.data, stages, seed=config.train.seed, count=count, say=say, progress=errors.is_terminal
+        config.data,
+        stages,
+        seed=config.train.seed,
+        count=count,
+        first=first,
+        say=say,
+        progress=errors.is_terminal,
     )
     console = Console(highlight=False, markup=False, emoji=False)
     show(found, console)
@@ -92,11 +101,12 @@ def run(argv: list[str]) -> None:
         console.print(f"\nthe page is in {page}", soft_wrap=True)
 
 
-def arguments(argv: list[str]) -> tuple[list[str], Path | None, int]:
-    """What is for Hydra, the page's file, and how many sequences to show. Raises ConfigError."""
+def arguments(argv: list[str]) -> tuple[list[str], Path | None, int, int]:
+    """What is for Hydra, the page's file, the first sequence to show, and how many. Raises ConfigError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--html", type=Path)
     parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--first", type=int, default=1)
     try:
         found, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -105,9 +115,11 @@ def arguments(argv: list[str]) -> tuple[list[str], Path | None, int]:
         ) from error
     if found.sequences < 0:
         raise ConfigError(f"--sequences: {found.sequences} must be 0 or more")
+    if found.first < 1:
+        raise ConfigError(f"--first: {found.first} must be 1 or more")
     if found.html and not found.html.parent.is_dir():
         raise ConfigError(f"--html: {found.html.parent} is no folder; make it, or choose another")
-    return overrides, found.html, found.sequences
+    return overrides, found.html, found.first, found.sequences
 
 
 def grids(found: Findings) -> list[Grid]:
@@ -172,8 +184,8 @@ def show(found: Findings, console: Console) -> None:
         console.print(table)
     for held in found.holdings:
         console.print(bars(held), "")
-    for number, sample in enumerate(found.samples, 1):
-        print_sample(number, sample, console)
+    for sample in found.samples:
+        print_sample(sample, console)
 
 
 def bars(held: Holdings) -> Table:
@@ -195,10 +207,10 @@ def bar(share: float) -> str:
     return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
-def print_sample(number: int, sample: Sample, console: Console) -> None:
+def print_sample(sample: Sample, console: Console) -> None:
     """A sequence as text, a coloured rule above each of its documents."""
     size = f"{sample.seq_len:,} tokens, {sample.padding:,} of them padding"
-    console.print(f"sequence {number} of the run: {size}", style="bold")
+    console.print(f"sequence {sample.number} of the run: {size}", style="bold")
     for at, document in enumerate(sample.documents):
         title = Text(" · ".join(heading(sample, at)))
         console.print(Rule(title, align="left", style=COLOURS[at % len(COLOURS)], characters="━"))

@@ -81,6 +81,7 @@ class Loader:
         self._position = self._frontier = self._start  # what was handed out, what was prepared
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: deque[Future[tuple[Batch, Position]]] = deque()
+        self.passed_over: tuple[range, ...] = ()  # `load_state_dict` has what is prepared already follow
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -92,18 +93,33 @@ class Loader:
         """The step whose batch comes next."""
         return self._position.step
 
+    @property
+    def handed_out(self) -> int:
+        """Sequences of the global stream before the next step's, those `passed_over` included."""
+        return self._position.g
+
     def batch(self) -> Batch:
         """This rank's rows of the next step, as int64 CPU tensors: input_ids, labels, position_ids,
         document_ids [B, S] and next_ids [B, S, mtp_depth]. B = ceil(sequences / world) on every rank: one
         with fewer rows gets rows that are all padding. In pinned memory where there is a GPU."""
-        while len(self._ahead) <= AHEAD:
+        batch, position = self._prepared(0)
+        self._ahead.popleft()
+        self._position = position
+        return batch
+
+    def later(self, step: int) -> Batch:
+        """What `batch` will return for a later step. The stream stays where it is."""
+        return self._prepared(step - self.step)[0]
+
+    def _prepared(self, steps: int) -> tuple[Batch, Position]:
+        """The batch so many steps after the next one, and where the stream stands after it."""
+        while len(self._ahead) <= max(steps, AHEAD):
             self._ahead.append(self._worker.submit(self._next))
         try:
-            batch, self._position = self._ahead.popleft().result()
+            return self._ahead[steps].result()
         except BaseException:
             self._restart_from(self._position)
             raise
-        return batch
 
     def one_pass(self, sequences: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
         """Batches of the first epoch from its beginning, `limit` sequences at most, the last one filled with
@@ -251,7 +267,8 @@ class Loader:
             if epochs is not None and cursors[name].epoch >= epochs:
                 break
             sequence, cursors[name] = stream.take(cursors[name], shape.seq_len)
-            found.append(sequence)
+            if not any(g in passed for passed in self.passed_over):
+                found.append(sequence)
             g += 1
         return found, replace(position, g=g, cursors=cursors)
 

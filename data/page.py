@@ -78,7 +78,7 @@ def page(found: Findings, arguments: str) -> str:
     """The page's source. Whatever comes from documents or from people is escaped."""
     there, tokens, run, packing = map(table, grids(found))
     lengths = [length_card(held, number, found) for number, held in enumerate(found.holdings)]
-    samples = [sample_card(number, sample) for number, sample in enumerate(found.samples, 1)]
+    samples = [sample_card(sample.number, sample) for sample in found.samples]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What this run trains on</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
@@ -97,7 +97,7 @@ def page(found: Findings, arguments: str) -> str:
 source, the first sequences of which are drawn: a box is a document, a pale one a part of one that was cut,
 hatching is padding.</p>{packing}
 <div class="cards narrow">{"".join(map(packing_card, found.packings))}</div>
-<h2>The first sequences</h2>
+<h2>Sequences</h2>
 <p>As the model reads them. Filled: a mark of the tokenizer. Red, such as <code class="hidden">\\x1b</code>: a
 character without a shape of its own. Long documents are shortened.</p>{"".join(samples)}
 </body></html>

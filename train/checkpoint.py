@@ -85,13 +85,19 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
 
 
 def newest_good(
-    folder: Path, warn: Callable[[str], None], check: Callable[[Path], None] = verify
+    folder: Path,
+    warn: Callable[[str], None],
+    check: Callable[[Path], None] = verify,
+    before: int | None = None,
 ) -> Path | None:
     """The newest checkpoint below `folder` that passes `check`; each damaged one before it is a warning.
+    Of those saved before step `before`, if that is given.
 
     Raises NewerFormat: not to go back for want of an update.
     """
     for step in reversed(step_folders(folder)):
+        if before is not None and step_of(step) >= before:
+            continue
         try:
             check(step)
             return step

@@ -15,6 +15,7 @@ from model.precision import NAMED, Precision
 from optim.config import OptimConfig
 from optim.schedule import decay_start
 from train.phases import Phase, PhaseConfig, Timeline
+from train.spikes import SpikesConfig
 
 AttentionMode = Literal["sparse", "dense", "warmup"]
 SHORTEST_WITH_NEEDLE = 32  # tokens: half of them text
@@ -261,6 +262,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
 
     def __post_init__(self) -> None:
         self.data.chosen()
@@ -352,6 +354,11 @@ class RunConfig:
     def at(self, step: int) -> RunConfig:
         """This configuration with the values of the step's phase."""
         return self.during(self.timeline.at(step))
+
+    def last_switch(self, step: int) -> int:
+        """The last step, from `step` back, before which phase or precision were others; 0 without any."""
+        entered = self.precision.qat_start
+        return max(self.timeline.at(step).first, entered if entered <= step else 0)
 
     @cached_property
     def fp4_experts(self) -> bool:

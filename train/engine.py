@@ -8,7 +8,7 @@ one process in plain torch and the reference; `train.zero.ZeroEngine` is DeepSpe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ from train.quantisation import fp4_metrics, fp4_statistics
 
 Batch = Mapping[str, Tensor]
 FP4_CHUNK = 1 << 24  # masters whose rounding is measured at once
+
+
+def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The step's sequences `rows` at a time."""
+    for start in range(0, batch["input_ids"].shape[0], rows):
+        yield {name: x[start : start + rows] for name, x in batch.items()}
 
 
 def compile_hot_parts(model: nn.Module) -> None:

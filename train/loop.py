@@ -5,34 +5,42 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from configs.errors import ConfigError
 from data.shards import Damaged
 from model.flops import training_flops_per_token
 from model.layout import entry_readers
 from model.moe import expert_loads, update_bias
 from optim.schedule import decay_start, lr_at
 from train.config import RunConfig
-from train.engine import Batch, Engine
+from train.engine import Batch, Engine, micro_batches
 from train.metrics import Timer, expert_metrics, floats, memory, peak_flops
 from train.quantisation import fp8_metrics, observed
 from train.ranks import FailedHere, Ranks
+from train.recovery import Routes, recover
 from train.run import Run, open_run
+from train.spikes import Point
 
 
 def train_step(
-    engine: Engine, batch: Batch, config: RunConfig, step: int, ranks: Ranks, timer: Timer | None = None
+    engine: Engine,
+    batch: Batch,
+    config: RunConfig,
+    step: int,
+    ranks: Ranks,
+    timer: Timer | None = None,
+    routing: Sequence[Routes] = (),
 ) -> dict[str, float]:
     """One optimizer step on this rank's sequences [B, S]; returns what is logged about it, over all ranks.
 
     Ranks that share sequences out take them whole, and count what lies in their part. Loss parts come as
     sums; each is divided by its count over the whole step, so that neither the number of ranks nor of
-    micro-batches nor their padding changes anything.
+    micro-batches nor their padding changes anything. `routing`: by micro-batch, experts that were chosen
+    before (`train.recovery`).
     """
     timer = timer or Timer(ranks.device)
     weights, lr = loss_weights(config, step), lr_at(step, config.train.steps, config.optim)
@@ -48,10 +56,13 @@ def train_step(
     micros = list(micro_batches(batch, config.train.micro_batch))
     for number, micro in enumerate(ranks.watch.each(micros), start=1):
         micro = {name: x.to(ranks.device, non_blocking=True) for name, x in micro.items()}
+        replay = on_device(routing[number - 1], ranks.device) if routing else None
         look = measured and number == 1 and engine.precision.fp8
         with observed(engine.model, engine.precision, rounding) if look else nullcontext():
             with timer("forward"):
-                output = engine(micro, mode=config.attention_mode, indexer_loss=config.indexer_loss)
+                output = engine(
+                    micro, mode=config.attention_mode, indexer_loss=config.indexer_loss, replay=replay
+                )
                 parts = {part: output.losses[part][0] / count for part, count in counts.items()}
                 weighted = [weight * parts[part] for part, weight in weights.items() if part in parts]
                 loss = torch.stack(weighted).sum()
@@ -69,6 +80,11 @@ def train_step(
         update_bias(gate.e_score_correction_bias, load, config.train.bias_update_rate)
     logged = {**dict(zip(counts, sums, strict=True)), **norms, **expert_metrics(engine.model, list(loads))}
     return {"lr": lr, **floats(logged), **fp8_metrics(rounding, ranks.sum)}
+
+
+def on_device(routes: Routes, device: torch.device) -> Routes:
+    """As the model takes them."""
+    return [None if chosen is None else chosen.to(device, torch.int64) for chosen in routes]
 
 
 def label_counts(batch: Batch, config: RunConfig, ranks: Ranks) -> dict[str, int]:
@@ -97,12 +113,6 @@ def loss_weights(config: RunConfig, step: int) -> dict[str, float]:
     decaying = step >= decay_start(train.steps, config.optim)
     mtp = train.mtp_decay_loss_weight if decaying else train.mtp_loss_weight
     return {"lm": 1.0, "mtp": mtp, "balance": config.model.router_aux_loss_coef, **indexer}
-
-
-def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
-    """The step's sequences `rows` at a time."""
-    for start in range(0, batch["input_ids"].shape[0], rows):
-        yield {name: x[start : start + rows] for name, x in batch.items()}
 
 
 def train(config: RunConfig) -> float:
@@ -136,11 +146,16 @@ def advance(run: Run) -> None:
     with timer("data"), run.ranks.watch.patient():
         try:
             batch = run.data.train.batch()
+            later = {due: run.data.train.later(due) for due in run.recovery.due(run.step)}
         except Damaged as error:  # found by whoever reads it, and not by the other ranks
             raise FailedHere(str(error)) from error
     if run.engine.use(precision := config.precision.at(run.step)):
         run.report.precision(run.step, precision)
-    logged = train_step(run.engine, batch, config, run.step, run.ranks, timer)
+    routing = run.recovery.routing(run.step)
+    if later:
+        with timer("anticipate"):
+            run.recovery.anticipate(run.engine, later, run.ranks)
+    logged = train_step(run.engine, batch, config, run.step, run.ranks, timer, routing)
     timing = timer.stop()
     run.step += 1
     tokens = timeline.tokens(run.step)
@@ -152,17 +167,16 @@ def advance(run: Run) -> None:
         timing["mfu"] = flops * timing["tokens_per_s"] / (peak * run.ranks.world)
     if run.step % train.log_every == 0:
         timing |= memory(run.ranks.device)
-    run.log({"step": run.step, "tokens": tokens, **logged}, timing)
-    if not all(math.isfinite(value) for value in logged.values()):
-        last = run.saved()
-        remedy = f"go on from {last}" if last else "start again"
-        raise ConfigError(
-            f"step {run.step}: the loss or a gradient norm is not finite; {remedy}, lower optim.lr"
-        )
+    logged = {"step": run.step, "tokens": tokens, "sequences": run.data.train.handed_out, **logged}
+    run.log(logged, timing)
+    finite = all(math.isfinite(value) for value in logged.values())
+    spike = run.recovery.look(Point.of(logged), finite)
+    if spike and recover(run, spike, finite):
+        return
     at_end = run.step == train.steps
     if run.step % train.eval_every == 0 or at_end:
         run.validate()
-    if run.step % train.save_every == 0 or at_end:
+    if run.step % train.save_every == 0 or at_end or run.recovery.postponed:
         run.save()
 
 

@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from train import checkpoint
 from train.config import RunConfig, RunDirConfig
 from train.metrics import keep_until
+from train.spikes import keep_spikes, read_spikes, rollbacks
 
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
@@ -89,6 +90,21 @@ def _newest(config: RunConfig, warn: Callable[[str], None], check: Callable[[Pat
     return None
 
 
+def unless_rolled_back(found: Path, warn: Callable[[str], None]) -> Path:
+    """`found`, or what the run had gone back to after it was saved: killed before it could remove it.
+
+    Raises ConfigError where that is damaged, and so is all before it.
+    """
+    known = checkpoint.read_manifest(found).get("rollbacks", 0)
+    places = [spike.back_to for spike in rollbacks(read_spikes(run_of(found)))[known:] if spike.back_to]
+    if not places or min(places) >= checkpoint.step_of(found):
+        return found
+    place = checkpoint.newest_good(found.parent, warn, before=min(places) + 1)
+    if place is None:
+        raise ConfigError(f"resume: {found} is from a spike, all before it are damaged; start a new run")
+    return place
+
+
 def run_of(step: Path) -> Path:
     """The run's folder of one of its checkpoints."""
     return step.parent.parent
@@ -111,6 +127,7 @@ def drop_after(folder: Path, step: int) -> None:
     """Remove what the run did after `step`: it is about to be done anew, perhaps in another way."""
     for name in LOGS:
         keep_until(folder / name, step)
+    keep_spikes(folder, step)
     for newer in checkpoint.step_folders(folder / "checkpoints"):
         if checkpoint.step_of(newer) > step:
             checkpoint.remove(newer)

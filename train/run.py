@@ -35,9 +35,11 @@ from train.parallel.context import context_of
 from train.parallel.mesh import Mesh, build_mesh
 from train.plot import plot_run
 from train.ranks import Ranks, join
+from train.recovery import Recovery, find_recovery
 from train.report import Report
-from train.resume import drop_after, find_checkpoint, new_folder, run_of
+from train.resume import drop_after, find_checkpoint, new_folder, run_of, unless_rolled_back
 from train.sample import generate
+from train.spikes import rollbacks
 from train.tracking import Tracker
 from train.zero import ZeroEngine, zero_ranks
 
@@ -57,6 +59,7 @@ class Run:
     report: Report
     saver: checkpoint.Saver
     tracker: Tracker
+    recovery: Recovery
     tracking: dict[str, str] = field(default_factory=dict)  # e.g. the W&B run's id
     logs: dict[str, JsonLines] = field(default_factory=dict)  # "metrics", "timing"; rank 0
     step: int = 0
@@ -107,11 +110,15 @@ class Run:
         return find_needles(self.engine, watched, self.ranks.device, mode, self.ranks.sum)
 
     def save(self) -> None:
-        """Begin to save this step, and log the seconds for which training stood still."""
+        """Begin to save this step, and log the seconds for which training stood still. While routing is
+        anticipated it waits: going on from there would not be exact."""
+        if self.recovery.postpone():
+            return
         manifest = {
             "config": to_yaml(self.config),
             "data": self.data.train.state_dict(),
             "tracking": self.tracking,
+            "rollbacks": len(rollbacks(self.recovery.spikes)),
             "tokenizer": self.data.tokenizer.fingerprint,
             "world": self.ranks.world,
         }
@@ -131,6 +138,25 @@ class Run:
         with self._disk():
             self.saver.wait()
         return next(reversed(checkpoint.all_steps(self.folder / "checkpoints")), None)
+
+    def go_back(self, place: Path) -> None:
+        """Go on from a checkpoint of this run, exactly as one does that is started anew from it."""
+        config, data, ranks = self.config, self.data, self.ranks
+        self.step = checkpoint.step_of(place)
+        ranks.together(lambda: _prepare(self.folder, config, self.step), only_first=True)
+        self.recovery = find_recovery(config, self.folder, ranks)
+        data.train.passed_over = self.recovery.passed_over
+        _, state = ranks.together(lambda: _restore(place, config, self.engine, data))
+        self.engine.state_was_loaded(state)
+        self.engine.use(config.at(self.step).precision.at(self.step))
+        self.open_logs()
+
+    def open_logs(self) -> None:
+        """After the files were cut back, which makes new ones."""
+        if self.ranks.first:
+            for log in self.logs.values():
+                log.file.close()
+            self.logs = {name: JsonLines(self.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -236,9 +262,12 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
     ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
     train = config.train
     saver = checkpoint.Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
-    run = Run(config, folder, ranks, mesh, data, engine, report, saver, Tracker(report.warn), step=step)
+    recovery = find_recovery(config, folder, ranks)
+    data.train.passed_over = recovery.passed_over
+    tracker = Tracker(report.warn)
+    run = Run(config, folder, ranks, mesh, data, engine, report, saver, tracker, recovery, step=step)
+    run.open_logs()
     if ranks.first:
-        run.logs = {name: JsonLines(folder / f"{name}.jsonl") for name in ("metrics", "timing")}
         run_id = run.tracker.start(config, folder, manifest.get("tracking", {}).get("wandb"), step)
         run.tracking = {"wandb": run_id} if run_id else {}
         if resumed:
@@ -289,6 +318,7 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
 def _place(config: RunConfig, report: Report) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint that it goes on from."""
     resumed = find_checkpoint(config, report.warn)
+    resumed = resumed and unless_rolled_back(resumed, report.warn)
     folder = run_of(resumed) if resumed else new_folder(config)
     if resumed and checkpoint.step_of(resumed) > config.train.steps:
         raise ConfigError(f"train.steps is {config.train.steps}, but {resumed} is beyond it; train longer")

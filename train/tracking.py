@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
@@ -88,6 +89,10 @@ class Tracker:
     def summary(self, **values: float | str) -> None:
         """Values or texts of the run as a whole, such as its last loss or its sample."""
         self._put("summary", values)
+
+    def rollback(self, step: int, why: str) -> None:
+        """The run goes on from `step`, an earlier one: as after a start from there, and with a word on it."""
+        self._put("rollback", step, why)
 
     def artifact(self, folder: Path) -> None:
         """A finished model, sent if `tracking.artifacts` says so; its files must not change until `close`."""
@@ -206,6 +211,10 @@ class Wandb:
     def summary(self, values: dict[str, float | str]) -> None:
         self.run.summary.update(values)
 
+    def rollback(self, step: int, why: str) -> None:
+        """W&B takes no values of steps that it has already: it goes on when the run is past them."""
+        self.run.summary.update({"rollback": f"to step {step}: {why}"})
+
     def artifact(self, folder: str) -> None:
         artifact = self.wandb.Artifact(f"model-{self.run.id}", type="model")
         artifact.add_dir(folder, policy="immutable")  # without a second copy on this disk
@@ -222,10 +231,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         step = settings["step"]
-        self.writer = SummaryWriter(
-            f"{settings['folder']}/tensorboard",
-            purge_step=step + 1 if step else None,  # hides what a resumed run does anew
-        )
+        self.open = partial(SummaryWriter, f"{settings['folder']}/tensorboard")
+        self.writer = self.open(purge_step=step + 1 if step else None)  # hides what a resumed run does anew
         self.summary({"config": f"```\n{json.dumps(settings['config'], indent=1)}\n```"})
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -235,6 +242,11 @@ class TensorBoard:
     def summary(self, values: dict[str, float | str]) -> None:
         for name, value in values.items():
             self.writer.add_text(name, str(value))
+
+    def rollback(self, step: int, why: str) -> None:
+        self.writer.close()
+        self.writer = self.open(purge_step=step + 1)
+        self.writer.add_text("rollback", f"to step {step}: {why}", step)
 
     def close(self, exit_code: int) -> None:
         self.writer.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from data.config import DataConfig, Shape, SourceConfig, TokenizerConfig
@@ -165,6 +166,21 @@ def test_sequences_are_the_first_of_training(found, config):
         assert sample.padding == 64 - sum(box.tokens for box in sample.boxes)
         for box, document in zip(sample.boxes, sample.documents, strict=True):
             assert box.whole != any("cut" in mark for mark in document.marks)
+
+
+def test_any_sequences_of_the_run_may_be_shown(config):
+    """By their numbers, here over a switch to longer ones of one source: what the loader hands out."""
+    whole = look(config, STAGES, seed=5, count=450, say=print)
+    assert [s.number for s in whole.samples] == list(range(1, 451))
+    some = look(config, STAGES, seed=5, count=10, first=421, say=print)
+    assert some.samples == whole.samples[420:430]
+    data = open_data(config, plan, mtp_depth=0, seed=5)
+    for _ in range(43):
+        batch = data.train.batch()
+    assert data.train.handed_out == 430
+    sizes = [[d.tokens for d in sample.documents] for sample in some.samples]
+    found = [torch.bincount(row[row >= 0]).tolist() for row in batch["document_ids"]]
+    assert sorted(found) == sorted(sizes) and len(some.samples[0].documents) < 24
 
 
 def test_rearranged_documents_say_so(config):
@@ -350,6 +366,7 @@ def test_command_prints_and_writes_and_needs_no_source_again(tmp_path, capsys):
         (["--html", "nowhere/page.html"], "nowhere is no folder"),
         (["--sequences", "x"], "--sequences"),
         (["--sequences=-1"], "0 or more"),
+        (["--first=0"], "1 or more"),
         (["--html"], "--help"),
         (["data.path=not/there"], "data.path: not/there does not exist"),
     ],

@@ -295,6 +295,42 @@ def test_preparing_ahead_does_not_move_the_state(config):
     assert same(loader.batch(), other.batch())
 
 
+def test_looking_ahead_changes_neither_order_nor_state(mixed):
+    """Over changes of shapes and weights, further ahead than is prepared anyway, and any number of times."""
+    expected = take(train(mixed, PLAN), len(PLAN))
+    loader = train(mixed, PLAN)
+    for step in range(len(PLAN) - 8):
+        before = json.dumps(loader.state_dict())
+        for later in (step + 7, step, step + 3, step + 7):
+            assert same(loader.later(later), expected[later])
+        assert json.dumps(loader.state_dict()) == before
+        assert same(loader.batch(), expected[step])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_sequences_that_are_passed_over_are_the_only_ones_missing(mixed, world):
+    """Batches stay as large: the sequences after those take their places, also after a resume."""
+    every = [row for batch in take(train(mixed, [Shape(1, S)]), 60) for row in rows(batch)]
+    passed = (range(8, 16), range(18, 19), range(40, 41))
+    kept = [row for g, row in enumerate(every) if not any(g in gone for gone in passed)]
+    loaders = [train(mixed, [Shape(5, S)], rank=rank, world=world) for rank in range(world)]
+    states = []
+    for step in range(10):
+        if step == 1:  # as after a rollback: the loader has prepared batches without knowing
+            for loader in loaders:
+                state = loader.state_dict()
+                loader.passed_over = passed
+                loader.load_state_dict(state)
+        states.append([loader.state_dict() for loader in loaders])
+        found = [row for loader in loaders for row in rows(loader.batch())]
+        assert sorted(found) == sorted(kept[5 * step : 5 * step + 5])
+    assert loaders[0].handed_out == 60 == len(kept) + 10
+    again = train(mixed, [Shape(5, S)])
+    again.passed_over = passed
+    again.load_state_dict(json.loads(json.dumps(states[2][0])))
+    assert sorted(rows(again.batch())) == sorted(kept[10:15])
+
+
 def numbered_loader(sources: int, plan: Callable[[int], Shape]) -> Loader:
     names = [f"source_{i:02d}" for i in range(sources)]
     shards = numbered_shards([[20] * 2000] * 3)

@@ -14,7 +14,7 @@ from model.init import initialize
 from model.model import ForCausalLM
 from tests.tiny import tiny_config
 from train.config import RunConfig
-from train.engine import Batch, TorchEngine
+from train.engine import Batch, Engine, TorchEngine
 from train.loop import label_counts, loss_weights, train_step
 from train.ranks import Ranks
 
@@ -57,7 +57,7 @@ def engine_for(config: RunConfig, dtype: torch.dtype = torch.float32) -> TorchEn
     return TorchEngine(initialize(ForCausalLM(config.model), 0), config.optim, dtype)
 
 
-def load(engine: TorchEngine, state: dict[str, torch.Tensor]) -> None:
+def load(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     targets = engine.state_to_load({key: tuple(tensor.shape) for key, tensor in state.items()})
     for key, target in targets.items():
         target.copy_(state[key])

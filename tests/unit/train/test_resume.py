@@ -13,7 +13,8 @@ import torch
 from configs.errors import ConfigError
 from train import checkpoint
 from train.metrics import JsonLines, keep_until
-from train.resume import drop_after, find_checkpoint, run_of
+from train.resume import drop_after, find_checkpoint, run_of, unless_rolled_back
+from train.spikes import Spike, read_spikes, write_spikes
 
 
 def config(runs: Path, resume: Path | str | None, name: str | None = None) -> Any:
@@ -138,6 +139,37 @@ def test_an_abandoned_branch_is_dropped(runs: Path) -> None:
     drop_after(runs / "a", 5)
     assert [path.name for path in folder.iterdir()] == ["step-00000005"]
     assert steps(runs / "b" / "checkpoints") == ["step-00000002", "step-00000004"]
+
+
+def test_a_rollback_that_was_interrupted_is_finished(runs: Path) -> None:
+    """What was saved in a spike is there still: a run goes on from where it had gone back to. What it saved
+    after that is good, however many rollbacks there were before."""
+
+    def saved(step: int, rollbacks: int) -> Path:
+        specs = {"weight.a": (torch.float32, (1,))}
+        tensors = {"weight.a": torch.zeros(1)}
+        manifest = {"rollbacks": rollbacks}
+        return checkpoint.write(runs / "a" / "checkpoints", step, specs, tensors.items(), manifest)
+
+    back = Spike(22, 19, "high", "skip", (1, 4), back_to=18)
+    noted = Spike(23, 23, "high", "record", (5, 8))
+    before, stale = saved(18, 0), saved(20, 0)
+    assert unless_rolled_back(stale, pytest.fail) == stale
+    write_spikes(runs / "a", [back, noted])
+    assert unless_rolled_back(stale, pytest.fail) == before
+    assert unless_rolled_back(before, pytest.fail) == before
+    later = saved(21, 1)
+    assert unless_rolled_back(later, pytest.fail) == later
+    write_spikes(runs / "a", [back, noted, Spike(24, 17, "high", "replay", (1, 8), back_to=10)])
+    assert unless_rolled_back(later, pytest.fail).name == "step-00000010"
+    break_(later.with_name("step-00000010"))
+    warnings: list[str] = []
+    assert unless_rolled_back(later, warnings.append).name == "step-00000005"
+    break_(later.with_name("step-00000005"))
+    with pytest.raises(ConfigError, match="is from a spike, all before it are damaged"):
+        unless_rolled_back(later, warnings.append)
+    drop_after(runs / "a", 10)
+    assert len(read_spikes(runs / "a")) == 3
 
 
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_everything_arrives_in_order(backend: Backend) -> None:
     tracker, run_id = backend.start(*options, "train.seed=7")
     tracker.log(1, {"lm": 2.5, "load_max/3": 1.25})
     tracker.log(2, {"lm": float("nan")})
+    tracker.rollback(1, "step 2: not finite")
     tracker.summary(valid_lm=1.5, sample="text\nof two lines")
     tracker.artifact(backend.folder)
     tracker.close(3)
@@ -101,6 +102,7 @@ def test_everything_arrives_in_order(backend: Backend) -> None:
     assert rest[0] == ["log", 1, {"lm": 2.5, "load_max/3": 1.25}]
     assert rest[1][:2] == ["log", 2] and rest[1][2]["lm"] != rest[1][2]["lm"]
     assert rest[2:] == [
+        ["summary", {"rollback": "to step 1: step 2: not finite"}],
         ["summary", {"valid_lm": 1.5, "sample": "text\nof two lines"}],
         ["artifact", f"model-{run_id}", str(backend.folder)],
         ["finish", 3],
@@ -305,6 +307,27 @@ def test_tensorboard_for_real_hides_what_is_done_anew(tmp_path: Path) -> None:
     assert not warnings, (tmp_path / tracking.LOG).read_text()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("lm")
     assert [(e.step, e.value) for e in events] == [(1, 0.25), (2, 0.5), (3, 2.75), (4, 3.0), (5, 3.25)]
+
+
+def test_tensorboard_for_real_goes_back(tmp_path: Path) -> None:
+    """A rollback hides what came after it, as a start from there would, and is written down."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    warnings: list[str] = []
+    tracker = Tracker(warnings.append)
+    tracker.start(compose(["tracking=tensorboard"]), tmp_path)
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 9.0)):
+        tracker.log(step, {"lm": loss})
+    tracker.rollback(1, "step 3: high")
+    for step, loss in ((2, 2.0), (3, 1.0)):
+        tracker.log(step, {"lm": loss})
+    tracker.close()
+    assert not warnings, (tmp_path / tracking.LOG).read_text()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("lm")] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    (text,) = events.Tensors("rollback/text_summary")
+    assert text.tensor_proto.string_val == [b"to step 1: step 3: high"]
 
 
 def test_secrets_stay_here() -> None:

@@ -6,8 +6,11 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+
+from torch.distributed import Store
 
 from configs.compose import from_yaml
 from configs.errors import ConfigError
@@ -16,6 +19,7 @@ from train import checkpoint
 from train.config import RunConfig, RunDirConfig
 from train.metrics import keep_until
 
+BEGUN = "fourfold/run"  # the run that a job has begun, in torchrun's store, which outlives its processes
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
@@ -92,6 +96,21 @@ def _newest(config: RunConfig, warn: Callable[[str], None], check: Callable[[Pat
 def run_of(step: Path) -> Path:
     """The run's folder of one of its checkpoints."""
     return step.parent.parent
+
+
+def restarted(config: RunConfig, store: Store | None) -> RunConfig:
+    """The configuration of a job that `torchrun --max-restarts` has started again: it goes on with the run
+    that it began, whatever that is called, from its newest checkpoint."""
+    if store is None or not store.check([BEGUN]):
+        return config
+    folder = Path(store.get(BEGUN).decode())
+    return replace(config, run=RunDirConfig(str(folder.parent), folder.name), resume="auto")
+
+
+def remember(folder: Path, store: Store | None) -> None:
+    """For `restarted`."""
+    if store is not None:
+        store.set(BEGUN, str(folder))
 
 
 def new_folder(config: RunConfig) -> Path:

@@ -15,7 +15,7 @@ from configs.errors import ConfigError
 from train.ranks import Ranks
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 2**22  # words at a time, 32 MB as int64
+CHUNK = 2**20  # words at a time, 8 MB as int64
 
 
 class Replica(NamedTuple):

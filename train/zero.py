@@ -119,7 +119,7 @@ class ZeroEngine(Engine):
         if mesh.dense.holders == 1:
             return
         for number, unit in enumerate(self.shards.units if self.shards else ()):
-            yield Replica(f"slice {mesh.dense.rank} of layer {number}", unit.weights, mesh.repeats)
+            yield Replica(f"slice.{mesh.dense.rank}.of.layer.{number}", unit.weights, mesh.repeats)
         groups = [group for group in self.optimizer.param_groups if group["holders"] > 1]
         repeated = {view.piece.key for group in groups for view in group["views"]}
         for name, tensor in self.optimizer.named_state().items():

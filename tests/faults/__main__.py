@@ -1,4 +1,4 @@
-"""`python -m tests.faults --runs N --seed S`: tiny runs that random faults happen to end as if nothing had."""
+"""`python -m tests.faults --runs N --seed S`: tiny runs that random faults happen to."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "python -m tests.faults",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"""\
-Trains tiny models for {STEPS} steps on one or two CPU ranks, has two or three random faults happen to every run,
-and starts it again, by resume=auto or `torchrun --max-restarts`, until it ends. It passes if every fault happened
-and was reported, and its last checkpoint (weights, moments, biases, random numbers) and its metrics are bitwise those
-of a run that nothing happened to.""",
+Trains tiny models for {STEPS} steps on one or two CPU ranks, has two or three random faults happen to every
+run, and starts it again, by resume=auto or `torchrun --max-restarts`, until it ends. It passes if every fault
+happened and was reported, and its last checkpoint (weights, moments, biases, random numbers) and its metrics
+are bitwise those of a run that nothing happened to.""",
         epilog=f"""\
 faults:
 {kinds}
 
-Faults, steps, places, ranks and options follow from --seed; only kill-moment depends on time. A run that fails prints
-the command that repeats it alone; with --keep its output is in DIR/output-N.txt, its folder in DIR/runs/run-N.
+Faults, steps, places, ranks and options follow from --seed; only kill-moment depends on time. A run that
+fails prints the command that repeats it alone; with --keep its output is in DIR/output-N.txt, its folder in
+DIR/runs/run-N.
 
   python -m tests.faults --runs 50 --seed 1
   python -m tests.faults --seed 1 --only 17 --keep /tmp/seventeen

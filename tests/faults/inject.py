@@ -1,8 +1,8 @@
 """Faults inside a rank's process: hooks around the trainer's functions, set up here alone.
 
 Places, in a step: `step` (its beginning), `backward`, `update`; in a save: `write` (of a tensor), `publish`
-(before the rename), `published` (before older checkpoints go); `load`, when a run goes on, before its tensors are
-read; `finish`, after its last step.
+(before the rename), `published` (before older checkpoints go); when a run goes on: `load` (of its tensors);
+after its last step: `finish`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Injector:
         mine = [fault for fault in faults if fault.rank == rank and not mark_of(fault, marks).exists()]
         self._pending, self._faults = {fault: fault.skip for fault in mine}, faults
         self._marks, self._checkpoints, self._alone = marks, folder / "checkpoints", alone
-        self._step, self._engine, self._saver = 0, None, None
+        self._step = 0
+        self._engine: Engine | None = None
+        self._saver: checkpoint.Saver | None = None
 
     def install(self) -> None:
         """Set the hooks."""
@@ -51,9 +53,8 @@ class Injector:
             made(saver, *arguments)
             self._saver = saver
 
-        loop.train_step = train_step
-        ZeroEngine.backward = backward
-        checkpoint.Saver.__init__ = make
+        replace((loop, "train_step", train_step), (ZeroEngine, "backward", backward))
+        replace((checkpoint.Saver, "__init__", make))
         for owner, name, place in (
             (ZeroEngine, "_update", "update"),
             (TensorFile, "write_parts", "write"),
@@ -62,7 +63,7 @@ class Injector:
             (checkpoint, "load", "load"),
             (run.Run, "finish", "finish"),
         ):
-            setattr(owner, name, self._passing(place, getattr(owner, name)))
+            replace((owner, name, self._passing(place, getattr(owner, name))))
 
     def _passing(self, place: str, whole: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -155,6 +156,12 @@ class Injector:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def replace(*changes: tuple[Any, str, Any]) -> None:
+    """Set attributes of modules and classes: (owner, name, value)."""
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+
+
 def mark_of(fault: Fault, marks: Path) -> Path:
     """The file that says that it has happened."""
     return marks / f"{fault.number}-{fault.kind}"
@@ -168,4 +175,4 @@ def forget_biases() -> None:
         found = whole(engine, shapes)
         return {key: x for key, x in found.items() if "e_score_correction_bias" not in key}
 
-    ZeroEngine.state_to_load = state_to_load
+    replace((ZeroEngine, "state_to_load", state_to_load))

@@ -27,8 +27,9 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: `rank` does it to itself, or to all, where it comes to `place` for the `skip`-th time, counted
-    from 0, from `step` (from 1) on and after the run's other faults of lower `number`. `dice`: the rest of it."""
+    """What `rank` does to itself, or to all, when it comes to `place`, from `step` (counted from 1) on and
+    after the run's faults of lower `number`; `skip`: so often it passes there first. `dice`: which file, ...
+    """
 
     number: int
     kind: str

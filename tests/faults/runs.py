@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs import compose
 from tests.e2e.runs import options
-from tests.faults.inject import Injector, forget_biases, mark_of
+from tests.faults.inject import Injector, forget_biases, mark_of, replace
 from tests.faults.jobs import Ended, launch
 from tests.faults.plan import STEPS, Fault, Plan
 from train import checkpoint
@@ -21,7 +21,7 @@ CHANGES = [
     f"train.steps={STEPS}",
     "train.eval_every=100",
     "train.sample_tokens=0",
-    "train.bias_update_rate=0.05",  # so that biases matter within these steps
+    "train.bias_update_rate=0.01",  # biases matter within these steps, and none is back at 0
     "parallel.timeout_seconds=2",
     "resume=auto",
 ]
@@ -74,7 +74,7 @@ def carry_out(plan: Plan, scratch: Scratch, broken: bool = False) -> Result:
     config = compose.compose(argv)
 
     def setup() -> None:
-        compose.compose = lambda *_: config
+        replace((compose, "compose", lambda *_: config))
         Injector(plan.faults, marks, folder, plan.max_restarts is None).install()
         if broken:
             forget_biases()

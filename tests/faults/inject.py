@@ -25,6 +25,9 @@ from train.engine import Engine
 from train.zero import ZeroEngine
 
 
+LASTING = {"kill-moment", "term", "full"}  # they end this process some steps later
+
+
 class Injector:
     """What is still to happen in this process. A fault leaves a mark in `marks`: it happens once a run."""
 
@@ -32,6 +35,7 @@ class Injector:
         rank = int(os.environ.get("RANK", 0))
         mine = [fault for fault in faults if fault.rank == rank and not mark_of(fault, marks).exists()]
         self._pending, self._faults = {fault: fault.skip for fault in mine}, faults
+        self._over = [fault for fault in faults if mark_of(fault, marks).exists()]
         self._marks, self._checkpoints, self._alone = marks, folder / "checkpoints", alone
         self._step = 0
         self._engine: Engine | None = None
@@ -86,9 +90,12 @@ class Injector:
         return fault.kind == "nan"
 
     def _due(self, fault: Fault) -> bool:
-        """One fault a step, so that each can be told from the others."""
-        before = [mark_of(other, self._marks) for other in self._faults[: fault.number]]
+        """One fault after the other, so that each can be told from the others."""
+        earlier = self._faults[: fault.number]
+        before = [mark_of(other, self._marks) for other in earlier]
         if not all(mark.exists() for mark in before):
+            return False
+        if any(other.kind in LASTING and other not in self._over for other in earlier):
             return False
         if fault.place != "load" and self._step < max(
             [fault.step, *(int(m.read_text()) + 1 for m in before)]

@@ -68,6 +68,10 @@ def plan(seed: int, number: int) -> Plan:
     if "replica" in kinds:
         options.append("train.checksum_every=1")
     steps = sorted(dice.sample(range(2, STEPS - 1), len(kinds)))
+    if "freeze" in kinds:
+        options.append(
+            "parallel.timeout_seconds=8"
+        )  # more than SILENCE of train/watch.py, on a busy machine too
     faults = [_fault(dice, i, kind, steps, ranks) for i, kind in enumerate(kinds)]
     return Plan(seed, number, ranks, max_restarts, tuple(options), tuple(faults))
 
@@ -88,8 +92,8 @@ def _dealt(seed: int, start: int, count: int) -> list[str]:
 
 
 def _fault(dice: random.Random, number: int, kind: str, steps: list[int], ranks: int) -> Fault:
-    """Resuming wants a fault before, and after the last step there is none."""
-    places = [place for place in PLACES if place != "load" or number]
+    """Resuming wants a fault before, when a checkpoint is certain; after the last step there is no other."""
+    places = [place for place in PLACES if place != "load" or (number and steps[number - 1] > 4)]
     places = [place for place in places if place != "finish" or number == len(steps) - 1]
     place = dice.choice(places) if kind in ("kill", "kill-all") else "backward" if kind == "nan" else "step"
     rank = dice.randrange(ranks)

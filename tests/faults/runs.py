@@ -22,7 +22,6 @@ CHANGES = [
     "train.eval_every=100",
     "train.sample_tokens=0",
     "train.bias_update_rate=0.01",  # biases matter within these steps, and none is back at 0
-    "parallel.timeout_seconds=2",
     "resume=auto",
 ]
 # What is printed when a fault has happened. A kill of all leaves nobody to say it.

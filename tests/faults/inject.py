@@ -24,7 +24,6 @@ from train import checkpoint, loop, run
 from train.engine import Engine
 from train.zero import ZeroEngine
 
-
 LASTING = {"kill-moment", "term", "full"}  # they end this process some steps later
 
 

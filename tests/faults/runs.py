@@ -11,7 +11,7 @@ from configs import compose
 from tests.e2e.runs import options
 from tests.faults.inject import Injector, forget_biases, mark_of, replace
 from tests.faults.jobs import Ended, launch
-from tests.faults.plan import STEPS, Fault, Plan
+from tests.faults.plan import STEPS, Plan
 from train import checkpoint
 
 CHANGES = [
@@ -24,11 +24,11 @@ CHANGES = [
     "train.bias_update_rate=0.01",  # biases matter within these steps, and none is back at 0
     "resume=auto",
 ]
-# What is printed when a fault has happened. A kill of all leaves nobody to say it.
+# What is printed when a fault has happened; a kill of all leaves nobody to say it.
 SAYS = {
     "kill": "rank {rank} is gone: killed",
     "term": "stopped after step|told to end",
-    "usr1": "stopped after step",
+    "usr1": "stopped after step {step}, saved",
     "torn": "is skipped: ",
     "flip": "is skipped: ",
     "replica": "is not the same on rank",
@@ -100,16 +100,13 @@ def _judge(plan: Plan, ended: list[Ended], folder: Path, marks: Path, expected: 
     for fault in plan.faults:
         if not mark_of(fault, marks).exists():
             return f"{fault} did not happen"
-        if not _said(fault, plan.ranks, output):
+        says = SAYS.get(fault.kind, "").format(rank=fault.rank, step=mark_of(fault, marks).read_text())
+        if not re.search(says, output):
             return f"nothing was said about {fault}"
     left = [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
     if left:
         return f"{left[0]} was left over"
     return _difference(folder, expected)
-
-
-def _said(fault: Fault, ranks: int, output: str) -> bool:
-    return fault.kind not in SAYS or bool(re.search(SAYS[fault.kind].format(rank=fault.rank), output))
 
 
 def _difference(folder: Path, expected: Path) -> str:

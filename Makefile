@@ -24,7 +24,7 @@ test: $(STAMP)  ## style, types and the tests that need no GPU
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" $(ARGS)
 
-faults: $(STAMP)  ## 50 tiny runs that random faults happen to: about seven minutes
+faults: $(STAMP)  ## 50 tiny runs that random faults happen to: five to ten minutes
 	@$(BIN)/python -m tests.faults --runs 50 $(ARGS)
 
 clean:  ## remove .venv and every cache; runs/ stays

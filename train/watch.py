@@ -200,8 +200,9 @@ class Watch:
         heard it, too, and ends after its step (train/stop.py)."""
         ends_itself = signal.getsignal(signal.SIGTERM) is not _heard
         before, until = job.states(), time.monotonic() + SILENCE
-        while time.monotonic() < until and not self._stopped.is_set():
-            time.sleep(TICK)
+        while time.monotonic() < until:
+            if self._stopped.wait(TICK):
+                return ""
             self._beat(job)
         if gone := job.silent_since(before):
             return died(gone)

@@ -88,6 +88,8 @@ def carry_all_out(plans: list[Plan], folder: Path, jobs: int, broken: bool) -> i
     for result in failed:
         number, seed = result.plan.number, result.plan.seed
         console.print(f"run {number}: {result.wrong}")
+        for line in result.said:
+            console.print(f"  {line}", soft_wrap=True)
         console.print(
             f"  seed {seed}; again: python -m tests.faults --seed {seed} --only {number}", soft_wrap=True
         )

@@ -43,10 +43,10 @@ class Result:
     """What became of a run: `wrong` is empty where all is as it has to be."""
 
     plan: Plan
-    jobs: int
-    restarts: int  # of jobs, and by torchrun
+    restarts: int  # from a checkpoint
     seconds: float
     wrong: str
+    said: tuple[str, ...]  # the lines that tell how the run went
 
 
 class Scratch:
@@ -83,8 +83,10 @@ def carry_out(plan: Plan, scratch: Scratch, broken: bool = False) -> Result:
         ended.append(launch(argv, plan.ranks, plan.max_restarts, setup))
     (scratch.folder / f"output-{plan.number}.txt").write_text("\n".join(job.output for job in ended))
     wrong = _judge(plan, ended, folder, marks, scratch.run(-plan.ranks))
-    starts = sum(job.output.count("resume  ") for job in ended)
-    return Result(plan, len(ended), starts, time.monotonic() - began, wrong)
+    lines = [line for job in ended for line in job.output.splitlines()]
+    said = tuple(line for line in lines if re.match("error: |warning: |resume  |stopped after", line))
+    starts = sum(line.startswith("resume  ") for line in said)
+    return Result(plan, starts, time.monotonic() - began, wrong, said)
 
 
 def _through(folder: Path) -> bool:

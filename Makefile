@@ -24,6 +24,9 @@ test: $(STAMP)  ## style, types and the tests that need no GPU
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" $(ARGS)
 
+faults: $(STAMP)  ## 50 tiny runs that random faults happen to: five to ten minutes
+	@$(BIN)/python -m tests.faults --runs 50 $(ARGS)
+
 clean:  ## remove .venv and every cache; runs/ stays
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -44,4 +47,4 @@ else
 endif
 	@touch $@
 
-.PHONY: help install train test clean
+.PHONY: help install train test faults clean

@@ -29,6 +29,24 @@ def checksum(path: str | Path) -> str:
         ) from error
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a file that could not be written."""
+    return f"{'free space' if error.errno in FULL else 'mend it'}, then go on with resume=auto"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that does not, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 @contextmanager
 def sealed(path: Path) -> Iterator[BinaryIO]:
     """Write a file: whatever happens, even a power cut, `path` holds all of it or does not change.
@@ -41,7 +59,7 @@ def sealed(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise ConfigError(
             f"{path.parent} is full ({error.strerror}): free space, then go on with the same command;"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from configs.compose import compose, help_text, multirun
 from configs.errors import ConfigError
+from data.files import remedy
 from model.config import ModelConfig
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost to fragments
@@ -22,7 +23,8 @@ if WORLD > 1:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 done, 2 for a mistake in configuration or data (one line), 130 when interrupted."""
+    """Exit code: 0 done, or stopped by SIGTERM or SIGUSR1 and saved; 2 for a mistake in configuration or data
+    (one line), 130 when interrupted."""
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
@@ -40,14 +42,16 @@ def main(argv: list[str]) -> int:
             train(config)
     except ConfigError as error:
         return failed(error, str(error))
-    except (OSError, SafetensorError) as error:  # a full disk, a folder without permission
+    except OSError as error:  # a full disk, a folder without permission
+        return failed(error, f"{first_line(error)}; {remedy(error)}")
+    except SafetensorError as error:
         return failed(error, f"{first_line(error)}; mend it, then go on with resume=auto")
     except KeyboardInterrupt as stop:
         return failed(stop, "", 130)
     except Exception as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
-            remedy = "use a smaller train.micro_batch, a shorter train.seq_len or more ranks"
-            return failed(error, f"{first_line(error)}; {remedy}")
+            smaller = "use a smaller train.micro_batch, a shorter train.seq_len or more ranks"
+            return failed(error, f"{first_line(error)}; {smaller}")
         if WORLD == 1:
             raise
         return failed(error, f"{type(error).__name__}: {first_line(error)}", 1, traceback.format_exc())

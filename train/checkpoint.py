@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from configs.errors import ConfigError
-from data.files import checksum, hashed
+from data.files import checksum, hashed, naming
 from model.hf import flush
 from model.tensorfile import DTYPES, Spec, TensorFile, nbytes
 
@@ -241,7 +241,7 @@ def _write_files(
     stream, files = iter(tensors), {}
     for number, part in enumerate(_parts(specs)):
         path = folder / f"rank-{rank:05d}-{number:03d}.safetensors"
-        with _naming(path), TensorFile(path, part) as file:
+        with naming(path), TensorFile(path, part) as file:
             for key, tensor in islice(stream, len(part)):
                 file.write(key, tensor)
         files[path.name] = {"bytes": file.nbytes, "checksum": file.checksum}
@@ -283,19 +283,9 @@ def _publish(
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _naming(path):
+    with naming(path):
         path.write_bytes(text.encode())
         flush(path)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an OSError that does not, such as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def _sealed_text(manifest: Mapping[str, Any]) -> str:
@@ -362,6 +352,12 @@ class Saver:
         if pending is not None:
             self._newest = pending.result()
         return self._newest
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed on this rank already; `wait` raises its error on all."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         """To the host, into the same memory as the time before while keys and shapes stay."""

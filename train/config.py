@@ -44,6 +44,8 @@ class TrainConfig:
     log_every, eval_every, save_every   in steps
     keep_last              newest checkpoints that are kept
     keep_every             checkpoints of steps that are multiples of it are kept, too; 0: none
+    stop_seconds           from SIGTERM or SIGUSR1 to the end of the run, with a checkpoint or without
+    checksum_every         steps after which ranks compare what they must hold alike; 0: never
     async_save             write checkpoints beside the training, which goes on after a copy in host memory
     eval_tokens            validation tokens of one evaluation
     needle                 retrieval probes of one evaluation, each a sequence a depth and a control; 0: none
@@ -73,6 +75,8 @@ class TrainConfig:
     save_every: int = 100
     keep_last: int = 2
     keep_every: int = 0
+    stop_seconds: int = 25
+    checksum_every: int = 0
     async_save: bool = True
     compile: bool = False
     recompute: str = "none"
@@ -89,11 +93,12 @@ class TrainConfig:
             "eval_every",
             "save_every",
             "keep_last",
+            "stop_seconds",
         ):
             self._check(key, getattr(self, key) >= 1, "1 or more")
         self._check("seq_len", self.seq_len >= 2, "2 or more")
         self._check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
-        for key in ("sample_tokens", "keep_every", "needle"):
+        for key in ("sample_tokens", "keep_every", "needle", "checksum_every"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         for key in ("indexer_loss_weight", "mtp_loss_weight", "mtp_decay_loss_weight", "bias_update_rate"):
             self._check(key, 0 <= getattr(self, key) < math.inf, "a finite number, 0 or more")

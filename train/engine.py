@@ -25,6 +25,7 @@ from optim.muon import HybridOptimizer, clip_grad_norm_per_set, same_shape_chunk
 from optim.partition import is_expert
 from optim.schedule import set_lr
 from train.quantisation import fp4_metrics, fp4_statistics
+from train.replicas import Replica
 
 Batch = Mapping[str, Tensor]
 FP4_CHUNK = 1 << 24  # masters whose rounding is measured at once
@@ -115,6 +116,10 @@ class Engine(ABC):
         """
         buffers = {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
         return {**self.optimizer.named_state(share=True), **buffers, **self._generators()}
+
+    def replicas(self) -> Iterator[Replica]:
+        """What several ranks must hold alike, to the bit; nothing where there is one."""
+        return iter(())
 
     def state_to_load(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The tensors that a saved state, with these keys and shapes, is to be read into.

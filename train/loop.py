@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -22,8 +20,10 @@ from train.metrics import Timer, expert_metrics, floats, memory, peak_flops
 from train.quantisation import fp8_metrics, observed
 from train.ranks import FailedHere, Ranks
 from train.recovery import Routes, recover
+from train.replicas import compare
 from train.run import Run, open_run
 from train.spikes import Point
+from train.stop import Stop
 
 
 def train_step(
@@ -71,6 +71,9 @@ def train_step(
         sums += torch.stack(list(parts.values())).detach()
         for load, indices in zip(loads, output.expert_indices, strict=True):
             load += expert_loads(indices, len(load), part(micro["document_ids"]) >= 0)
+    if config.train.checksum_every and (step + 1) % config.train.checksum_every == 0:
+        with timer("checksum"):  # before wrong gradients reach the masters
+            compare(engine.replicas(), ranks, step + 1)
     with timer("optimizer"):
         norms = engine.step(lr, measure=measured)
     ranks.sum(sums)
@@ -122,15 +125,15 @@ def train(config: RunConfig) -> float:
     try:
         if run.step == 0:
             run.validate()
-        with run.report.live(), stop_after_step() as stopping:
+        with run.report.live(), Stop(config.train.stop_seconds, run.newest) as stop:
             while run.step < config.train.steps:
                 advance(run)
-                if run.ranks.any(stopping()):
+                if run.ranks.any(stop.asked or run.saver.failed):
                     if run.step % config.train.save_every:
                         run.save()
-                    run.report.stopped(run.saved(), run.step)
-                    exit_code = 130
-                    raise KeyboardInterrupt
+                    run.report.stopped(run.saved(), run.step)  # raises what the save has failed with
+                    exit_code = 130 if run.ranks.any(stop.interrupted) else 0
+                    raise KeyboardInterrupt if exit_code else SystemExit(0)
         loss = run.finish()
         exit_code = 0
         return loss
@@ -178,24 +181,3 @@ def advance(run: Run) -> None:
         run.validate()
     if run.step % train.save_every == 0 or at_end or run.recovery.postponed:
         run.save()
-
-
-@contextmanager
-def stop_after_step() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noticed by the function this yields; one more, seconds later, interrupts at once, as usual.
-
-    Stopping in the middle of a step would leave weights half updated. Under torchrun every Ctrl-C comes
-    twice, from the terminal and from torchrun.
-    """
-    asked: list[float] = []
-
-    def ask(*_: object) -> None:
-        if asked and time.monotonic() - asked[0] > 2:
-            raise KeyboardInterrupt
-        asked.append(time.monotonic())
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.files import sealed
+from data.files import naming, sealed
 from model.model import ForCausalLM
 
 # Dense bf16 peak, FLOP/s, from the makers' data sheets (SXM parts, without sparsity).
@@ -151,11 +151,12 @@ class JsonLines:
     leaves at most a last one that is torn, which `keep_until` drops."""
 
     def __init__(self, path: Path):
-        self.file = path.open("a")
+        self.path, self.file = path, path.open("a")
 
     def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

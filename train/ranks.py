@@ -12,9 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from configs.errors import ConfigError
-from train.watch import FailedElsewhere, FailedHere, Job, Watch
+from train.watch import FailedElsewhere, FailedHere, Job, Watch, this_attempt
 
 __all__ = ["FailedElsewhere", "FailedHere", "Ranks", "join"]
 
@@ -109,10 +110,17 @@ def join(wanted: str, timeout_seconds: float = 600) -> Ranks:
     if not dist.is_initialized():
         atexit.register(dist.destroy_process_group)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if world == 1 else None
         timeout = timedelta(seconds=1.5 * timeout_seconds + 60)
+        store = dist.HashStore() if world == 1 else this_attempt(_meet(rank, world, timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         watch = Watch(Job.find(), timeout_seconds)
         watch.start()
     files, words = (dist.new_group(backend="gloo", timeout=LONG) for _ in range(2))
     return Ranks(rank, world, device, files, words, watch)
+
+
+def _meet(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """The store that torchrun's environment describes; torch would find the addresses of dead ranks in it."""
+    store = next(rendezvous("env://", rank, world, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    return store

@@ -123,8 +123,8 @@ class Report:
         self._line(f"warning: {text}", style="yellow")
 
     def stopped(self, saved: Path | None, step: int) -> None:
-        """An interrupted run: what was kept and how to go on."""
-        self._line(f"stopped after step {step}; go on with the same arguments and resume={saved}")
+        """A run that was asked to stop: what was kept and how to go on."""
+        self._line(f"stopped after step {step}, saved; go on with the same arguments and resume={saved}")
 
     def resumed(self, saved: Path, changed: list[str]) -> None:
         """Where a run goes on, and which keys are not what they were."""

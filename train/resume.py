@@ -6,8 +6,11 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+
+from torch.distributed import Store
 
 from configs.compose import from_yaml
 from configs.errors import ConfigError
@@ -17,6 +20,7 @@ from train.config import RunConfig, RunDirConfig
 from train.metrics import keep_until
 from train.spikes import keep_spikes, read_spikes, rollbacks
 
+BEGUN = "fourfold/run"  # the run that a job has begun, in torchrun's store, which outlives its processes
 LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
@@ -108,6 +112,21 @@ def unless_rolled_back(found: Path, warn: Callable[[str], None]) -> Path:
 def run_of(step: Path) -> Path:
     """The run's folder of one of its checkpoints."""
     return step.parent.parent
+
+
+def restarted(config: RunConfig, store: Store | None) -> RunConfig:
+    """The configuration of a job that `torchrun --max-restarts` has started again: it goes on with the run
+    that it began, whatever that is called, from its newest checkpoint."""
+    if store is None or not store.check([BEGUN]):
+        return config
+    folder = Path(store.get(BEGUN).decode())
+    return replace(config, run=RunDirConfig(str(folder.parent), folder.name), resume="auto")
+
+
+def remember(folder: Path, store: Store | None) -> None:
+    """For `restarted`."""
+    if store is not None:
+        store.set(BEGUN, str(folder))
 
 
 def new_folder(config: RunConfig) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor
 from configs.compose import differences, to_yaml
 from configs.errors import ConfigError
 from data.config import Shape
+from data.files import remedy
 from data.opening import Data, open_data
 from model.flops import count_parameters
 from model.init import initialize
@@ -37,10 +38,19 @@ from train.plot import plot_run
 from train.ranks import Ranks, join
 from train.recovery import Recovery, find_recovery
 from train.report import Report
-from train.resume import drop_after, find_checkpoint, new_folder, run_of, unless_rolled_back
+from train.resume import (
+    drop_after,
+    find_checkpoint,
+    new_folder,
+    remember,
+    restarted,
+    run_of,
+    unless_rolled_back,
+)
 from train.sample import generate
 from train.spikes import rollbacks
 from train.tracking import Tracker
+from train.watch import connect
 from train.zero import ZeroEngine, zero_ranks
 
 LOSS_WEIGHTS = ("model.router_aux_loss_coef",)  # of the model's keys, what a resumed run may change
@@ -137,6 +147,10 @@ class Run:
         """The run's newest checkpoint, once the last save is on disk."""
         with self._disk():
             self.saver.wait()
+        return self.newest()
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint on disk now."""
         return next(reversed(checkpoint.all_steps(self.folder / "checkpoints")), None)
 
     def go_back(self, place: Path) -> None:
@@ -166,7 +180,7 @@ class Run:
                 yield
         except OSError as error:
             raise ConfigError(
-                f"{error}; the checkpoint is lost, mend it, then go on with resume=auto"
+                f"{error}; this checkpoint is lost, those before it remain: {remedy(error)}"
             ) from error
 
     def finish(self) -> float:
@@ -317,9 +331,12 @@ def build_engine(config: RunConfig, device: torch.device, mesh: Mesh) -> Engine:
 
 def _place(config: RunConfig, report: Report) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint that it goes on from."""
+    store = connect()
+    config = restarted(config, store)
     resumed = find_checkpoint(config, report.warn)
     resumed = resumed and unless_rolled_back(resumed, report.warn)
     folder = run_of(resumed) if resumed else new_folder(config)
+    remember(folder, store)
     if resumed and checkpoint.step_of(resumed) > config.train.steps:
         raise ConfigError(f"train.steps is {config.train.steps}, but {resumed} is beyond it; train longer")
     return folder, resumed

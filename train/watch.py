@@ -60,16 +60,8 @@ class Job:
     def find() -> Job | None:
         """The job that the environment describes, by a connection of its own; None where there is none."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        if world == 1 or not host or not port:
-            return None
-        try:
-            store = TCPStore(host, int(port), timeout=timedelta(seconds=5), wait_for_workers=False)
-        except RuntimeError:
-            return None
-        store.set_timeout(timedelta(seconds=60))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return Job(PrefixStore(f"watch/{attempt}", store), rank, world)
+        store = connect() if world > 1 else None
+        return Job(PrefixStore("watch", this_attempt(store)), rank, world) if store else None
 
     def states(self) -> dict[int, State]:
         """What each rank wrote last; none at all until every one has begun."""
@@ -103,6 +95,24 @@ class Job:
     def wait_for_verdict(self, seconds: float) -> None:
         with suppress(RuntimeError):
             self.store.wait(["verdict"], timedelta(seconds=seconds))
+
+
+def connect() -> Store | None:
+    """A connection to the job's store, torchrun's or rank 0's; None where there is none."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        return None
+    try:
+        store = TCPStore(host, int(port), timeout=timedelta(seconds=5), wait_for_workers=False)
+    except RuntimeError:
+        return None
+    store.set_timeout(timedelta(seconds=60))
+    return store
+
+
+def this_attempt(store: Store) -> Store:
+    """The part of a job's store that is new whenever `torchrun --max-restarts` starts its processes again."""
+    return PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Watch:
@@ -144,7 +154,7 @@ class Watch:
         self._thread.start()
         # Python's handlers wait for the main thread, which may be in a collective: the thread reads the pipe.
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, _heard)
 
     def stop(self) -> None:
         """The run is over: ranks may end as they please."""
@@ -173,7 +183,8 @@ class Watch:
                         self._leave(job, verdict["silent"])
                     time.sleep(TICK)  # the main thread has spoken, and ends
                 elif told and signal.SIGTERM in os.read(self._wakeup, 4096):
-                    self._end(job, self._told_to_end(job))
+                    if line := self._told_to_end(job):
+                        self._end(job, line)
                 elif judge and (found := judge.look()):
                     self._end(job, *found)
         except RuntimeError:  # torchrun's store goes with its first machine, rank 0's own with that rank
@@ -185,13 +196,17 @@ class Watch:
             leave()
 
     def _told_to_end(self, job: Job) -> str:
-        """Why: by torchrun because a rank has died, or by a person or scheduler."""
+        """Why: by torchrun because a rank has died, or by a person or scheduler; "" where the main thread has
+        heard it, too, and ends after its step (train/stop.py)."""
+        ends_itself = signal.getsignal(signal.SIGTERM) is not _heard
         before, until = job.states(), time.monotonic() + SILENCE
         while time.monotonic() < until:
-            time.sleep(TICK)
+            if self._stopped.wait(TICK):
+                return ""
             self._beat(job)
-        gone = job.silent_since(before)
-        return died(gone) if gone else f"rank {job.rank} was told to end (SIGTERM)"
+        if gone := job.silent_since(before):
+            return died(gone)
+        return "" if ends_itself else f"rank {job.rank} was told to end (SIGTERM)"
 
     def _end(self, job: Job, line: str, silent: Collection[int] = ()) -> None:
         """Say it, if nobody has said anything yet, and end this process."""
@@ -259,6 +274,10 @@ def speak(error: BaseException, line: str, trace: str = "") -> None:
         time.sleep(2 * TICK if job.say(text, line) else LINGER)
     except RuntimeError:
         time.sleep(2 * LINGER)  # the store went with its machine: the watch says so
+
+
+def _heard(*_: object) -> None:
+    """SIGTERM, where only the watch acts on it."""
 
 
 def leave() -> None:

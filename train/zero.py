@@ -15,7 +15,7 @@ matrices are not DeepSpeed's (`train.parallel.dense`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,6 +35,7 @@ from train.engine import Batch, Engine, compile_hot_parts
 from train.parallel.dense import DenseShards, sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh, Sharing, build_mesh
+from train.replicas import Replica
 
 MOST_FILLER, ONE_HOST = 0.05, 8  # ZeRO goes over so many ranks as leave less filler, or over one host's
 SHARDED = "sharded"  # name of groups that are not DeepSpeed's
@@ -104,6 +105,26 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, last: bool = True) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
+
+    def replicas(self) -> Iterator[Replica]:
+        """The model's weights and buffers, and masters and moments whose updates are repeated."""
+        mesh, everyone = self.mesh, dist.group.WORLD
+        if mesh.world == 1:
+            return
+        for name, parameter in self.model.named_parameters():
+            if not is_expert(name) or mesh.experts.size > 1:
+                yield Replica(name, parameter, mesh.replicas if is_expert(name) else everyone)
+        for name, buffer in self.model.named_buffers():
+            yield Replica(name, buffer, everyone)
+        if mesh.dense.holders == 1:
+            return
+        for number, unit in enumerate(self.shards.units if self.shards else ()):
+            yield Replica(f"slice.{mesh.dense.rank}.of.layer.{number}", unit.weights, mesh.repeats)
+        groups = [group for group in self.optimizer.param_groups if group["holders"] > 1]
+        repeated = {view.piece.key for group in groups for view in group["views"]}
+        for name, tensor in self.optimizer.named_state().items():
+            if name.partition(".")[2] in repeated:
+                yield Replica(name, tensor, mesh.repeats)
 
     def _collect(self) -> None:
         averaged = self.zero.averaged_gradients

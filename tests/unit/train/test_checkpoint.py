@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
@@ -250,9 +251,14 @@ def test_an_error_of_the_disk_is_raised_by_wait_and_nothing_is_lost(tmp_path: Pa
     saver.save(1, state(1), {})
     first = saver.wait()
     with largest_file(50_000):
+        assert not saver.failed
         saver.save(2, {"weight.a": torch.zeros(50_000)}, {})
+        until = time.monotonic() + 20
+        while not saver.failed:
+            assert time.monotonic() < until
         with pytest.raises(OSError) as error:
             saver.wait()
+        assert not saver.failed
     assert error.value.errno == errno.EFBIG and str(error.value.filename).endswith(".safetensors")
     assert names(tmp_path) == ["step-00000001"]  # neither half a checkpoint nor any pruning
     assert saver.wait() == first  # told once

@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
+from configs.compose import compose
 from configs.errors import ConfigError
 from train import checkpoint
 from train.metrics import JsonLines, keep_until
-from train.resume import drop_after, find_checkpoint, run_of, unless_rolled_back
+from train.resume import (
+    drop_after,
+    find_checkpoint,
+    new_folder,
+    remember,
+    restarted,
+    run_of,
+    unless_rolled_back,
+)
 from train.spikes import Spike, read_spikes, write_spikes
 
 
@@ -183,3 +193,27 @@ def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     assert [line.partition(",")[0] for line in path.read_text().splitlines()] == [
         f'{{"step": {n}' for n in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize("given", [[], ["run.name=mine"], ["resume=auto"]])
+def test_a_job_that_torchrun_restarts_goes_on_with_the_run_that_it_began(
+    tmp_path: Path, given: list[str]
+) -> None:
+    config, store = compose([*given, f"run.dir={tmp_path}"]), HashStore()
+    assert restarted(config, store) == restarted(config, None) == config
+    folder = new_folder(config)
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    remember(folder, store)
+    save(tmp_path, "another, and newer", 9)
+    again = restarted(config, store)
+    assert find_checkpoint(again, print) is None and new_folder(again) == folder
+    newest = save(tmp_path, folder.name, 3, age=100)
+    assert find_checkpoint(again, print) == newest
+
+
+def test_a_job_that_went_on_from_an_old_checkpoint_goes_on_from_its_newest(runs: Path) -> None:
+    old, store = runs / "a" / "checkpoints" / "step-00000005", HashStore()
+    remember(run_of(old), store)
+    again = restarted(compose([f"resume={old}"]), store)
+    assert find_checkpoint(again, print) == runs / "a" / "checkpoints" / "step-00000010"

@@ -25,11 +25,11 @@ class Setting(NamedTuple):
 
     elements: int = 4096  # of a half of the windows held at once
     channels: int = 64
-    blocks: int = 4  # of windows, one after the other: the bias' gradient is one part of all
-    warps: int = 4
+    blocks: int = 1  # of windows, one after the other: the bias' gradient is one part of all
+    warps: int = 8
 
 
-FORWARD, BACKWARD = Setting(), Setting(elements=2048)
+FORWARD, BACKWARD = Setting(), Setting(elements=2048, blocks=4)
 
 
 def runs(kv: Tensor, tokens: Tensor) -> bool:

@@ -47,7 +47,8 @@ class Setting(NamedTuple):
 
 
 SELECTED = Setting(64, 4, 3)  # scores of selected entries
-OF_QUERIES = Setting(64, 4, 2)  # dq and dw, and dk where entries are selected
+OF_QUERIES = Setting(64, 4, 2)  # dq and dw in dense attention
+OF_SELECTED = Setting(64, 8, 2)  # dq, dw and rows of dk where entries are selected
 OF_KEYS = Setting(128, 8, 3)  # dk in dense attention
 
 
@@ -166,7 +167,7 @@ def _grad_of_queries(
 ) -> None:  # fmt: skip
     """dq and dw of `count` queries from `start` on, and as `rows` says their rows of dk [B, T or C * N, c]."""
     batch, length, heads, channels = q.shape
-    entries, warps, stages = OF_QUERIES
+    entries, warps, stages = OF_QUERIES if indices is None else OF_SELECTED
     _queries_kernel[(min(count, length - start), batch)](
         grad, q, k, weights, slopes, first, end, first if indices is None else indices, dq, dw, dk,
         start, length, count, k.shape[1], slopes.shape[2], heads, channels, entries,
@@ -256,6 +257,7 @@ def _queries_kernel(
     row = b * S + start + t
     query, w = load_query(q, weights, row, HEADS, CHANNELS)
     scale = tl.load(grad + row)
+    weighted = (query.to(tl.float32) * (scale * w)[:, None]).to(query.dtype)
     channels = tl.arange(0, CHANNELS)
     u = tl.zeros((CHANNELS, HEADS), tl.float32)
     for n in range(tl.load(first + row) // ENTRIES * ENTRIES, tl.load(end + row), ENTRIES):
@@ -266,10 +268,10 @@ def _queries_kernel(
         inside = (column < N) & (slots >= 0)
         slope = tl.load(slopes + row * N + column, mask=inside, other=0.0)
         keys = load_keys(k + b * T * CHANNELS, slots, inside, CHANNELS)
-        g = tl.where(tl.dot(keys, tl.trans(query)) > 0, slope.to(tl.float32)[:, None], 0.0)  # [ENTRIES, h]
-        u = tl.dot(tl.trans(keys), g.to(keys.dtype), u)
+        g = tl.where(tl.dot(keys, tl.trans(query)) > 0, slope[:, None], 0.0)  # [ENTRIES, h]
+        u = tl.dot(tl.trans(keys), g, u)
         if ROWS != 0:
-            rows = tl.dot((g * (scale * w)[None, :]).to(query.dtype), query)  # [ENTRIES, c]
+            rows = tl.dot(g, weighted)  # [ENTRIES, c]
             if ROWS == 1:
                 place = (b * T + slots)[:, None] * CHANNELS + channels[None, :]
                 tl.atomic_add(dk + place, rows, mask=inside[:, None], sem="relaxed")

@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     queries: int = 64  # that a program goes through
     together: int = 2  # queries in one product
     warps: int = 8
-    stages: int = 3  # tiles of queries in flight
+    stages: int = 2  # tiles of queries in flight
 
 
 SCORES = Setting()
@@ -52,8 +52,8 @@ def power_of_two_from(size: int) -> int:
 
 
 def warps_of_row(width: int) -> int:
-    """Warps of a program that holds `width` numbers: up to 64 a thread, as far as a block has threads."""
-    return min(32, max(4, width // 2048))
+    """Warps of a program that holds `width` numbers: 32 a thread, as far as a block has threads."""
+    return min(32, max(4, width // 1024))
 
 
 @torch.library.custom_op("fourfold::index_select", mutates_args=())
@@ -66,12 +66,9 @@ def index_select(
     (batch, length, *_), slots, best = q.shape, k.shape[1], indices.shape[2]
     count = min(length, max(1, SCORES_AT_ONCE // (batch * slots)))
     scores = q.new_empty(batch, count, slots, dtype=ranked_in)
-    width, bits = power_of_two_from(slots), 8 * ranked_in.itemsize
     for start in range(0, length, count):
         write_scores(scores, start, q, k, weights, first, end, more_than=best)
-        grid = (min(count, length - start), batch)
-        sizes = start, length, count, slots, best
-        _best_kernel[grid](scores, first, end, indices, *sizes, bits, width, num_warps=warps_of_row(width))
+        write_best(indices, start, scores, first, end)
     return indices
 
 
@@ -95,6 +92,16 @@ def write_scores(
     _scores_kernel[grid](
         q, k, weights, first, end, scores, start, length, count, slots, more_than,
         heads, channels, entries, queries, together, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def write_best(indices: Tensor, start: int, scores: Tensor, first: Tensor, end: Tensor) -> None:
+    """Into indices [B, S, k] those of the best scores [B, C, T] of the queries from `start` on."""
+    (batch, length, best), (count, slots) = indices.shape, scores.shape[1:]
+    width, bits = power_of_two_from(slots), 8 * scores.dtype.itemsize
+    _best_kernel[(min(count, length - start), batch)](
+        scores, first, end, indices, start, length, count, slots, best,
+        bits, width, num_warps=warps_of_row(width),
     )  # fmt: skip
 
 

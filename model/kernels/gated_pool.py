@@ -109,24 +109,13 @@ def _pool_kernel(
     CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b, channel = tl.program_id(2).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inputs = kv, gate, bias, tokens, chained
     for block in range(BLOCKS):
         slot = (tl.program_id(0) * BLOCKS + block) * WINDOWS + tl.arange(0, WINDOWS)
-        x, logit, _, mask = _load(kv, gate, bias, tokens, chained, b, slot, channel, S, T, C, M, OVERLAP, False)
-        top = tl.max(logit, 1)
-        if OVERLAP:
-            before, before_logit, _, _ = _load(
-                kv, gate, bias, tokens, chained, b, slot, channel, S, T, C, M, OVERLAP, True
-            )
-            top = tl.maximum(top, tl.max(before_logit, 1))
-        p = tl.exp(logit - top[:, None, :])
-        total, entry = tl.sum(p, 1), tl.sum(p * x, 1)
-        if OVERLAP:
-            p = tl.exp(before_logit - top[:, None, :])
-            total += tl.sum(p, 1)
-            entry += tl.sum(p * before, 1)
-        place = (b * T + slot)[:, None] * C + channel[None, :]
+        _, _, _, entry = _pooled(inputs, b, slot, channel, S, T, C, M, OVERLAP)
         inside = (slot < T)[:, None] & (channel < C)[None, :]
-        tl.store(out + place, (entry / total).to(out.dtype.element_ty), mask=inside)
+        place = out + (b * T + slot)[:, None] * C + channel[None, :]
+        tl.store(place, entry.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -135,74 +124,71 @@ def _pool_backward_kernel(
     WINDOWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     b, channel = tl.program_id(2).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    own_bias = tl.zeros((M, CHANNELS), tl.float32)
-    before_bias = tl.zeros((M, CHANNELS), tl.float32)
+    inputs = kv, gate, bias, tokens, chained
+    own_bias, before_bias = tl.zeros((M, CHANNELS), tl.float32), tl.zeros((M, CHANNELS), tl.float32)
     for block in range(BLOCKS):
         slot = (tl.program_id(0) * BLOCKS + block) * WINDOWS + tl.arange(0, WINDOWS)
         inside = (slot < T)[:, None] & (channel < C)[None, :]
         d = tl.load(grad + (b * T + slot)[:, None] * C + channel[None, :], mask=inside, other=0.0)
         d = d.to(tl.float32)
-        given = tl.max(tl.abs(d), 1) > 0
-        x, logit, place, mask = _load(
-            kv, gate, bias, tokens, chained, b, slot, channel, S, T, C, M, OVERLAP, False
-        )
-        top = tl.max(logit, 1)
+        own, before, total, entry = _pooled(inputs, b, slot, channel, S, T, C, M, OVERLAP)
+        given = (tl.max(tl.abs(d), 1) > 0)[:, None, None]
+        d = (d / total)[:, None, :]
+        own_bias += _store(dkv, dgate, own, given, d, entry)
         if OVERLAP:
-            before, before_logit, before_place, before_mask = _load(
-                kv, gate, bias, tokens, chained, b, slot, channel, S, T, C, M, OVERLAP, True
-            )
-            top = tl.maximum(top, tl.max(before_logit, 1))
-        p = tl.exp(logit - top[:, None, :])
-        total, entry = tl.sum(p, 1), tl.sum(p * x, 1)
-        if OVERLAP:
-            before_p = tl.exp(before_logit - top[:, None, :])
-            total += tl.sum(before_p, 1)
-            entry += tl.sum(before_p * before, 1)
-        entry, d = entry / total, d / total
-        own_bias += _store(dkv, dgate, place, mask & given[:, None, None], p * d[:, None, :], x, entry)
-        if OVERLAP:
-            before_mask &= given[:, None, None]
-            part = before_p * d[:, None, :]
-            before_bias += _store(dkv, dgate, before_place, before_mask, part, before, entry)
+            before_bias += _store(dkv, dgate, before, given, d, entry)
     row = (b * tl.num_programs(0) + tl.program_id(0)) * M + tl.arange(0, M)
-    place = row[:, None] * (C * (1 + OVERLAP)) + channel[None, :]
-    inside = (channel < C)[None, :]
-    tl.store(parts + place + OVERLAP * C, own_bias, mask=inside)
+    place = parts + row[:, None] * (C * (1 + OVERLAP)) + channel[None, :]
+    tl.store(place + OVERLAP * C, own_bias, mask=(channel < C)[None, :])
     if OVERLAP:
-        tl.store(parts + place, before_bias, mask=inside)
+        tl.store(place, before_bias, mask=(channel < C)[None, :])
 
 
 @jit
-def _load(
-    kv, gate, bias, tokens, chained, b, slot, channel, S, T, C, M: tl.constexpr, OVERLAP: tl.constexpr,
-    BEFORE: tl.constexpr,
-):  # fmt: skip
-    """kv and logits [WINDOWS, m, CHANNELS] in fp32 of windows, or the windows before; their places and mask."""
-    there = slot < T
-    if BEFORE:
-        there &= slot > 0
-        there &= tl.load(chained + b * T + slot, mask=there, other=0) != 0
-        slot -= 1
-        column = channel
-    else:
-        column = channel + OVERLAP * C
-    j, width = tl.arange(0, M), C * (1 + OVERLAP)
+def _pooled(inputs, b, slot, channel, S, T, C, M: tl.constexpr, OVERLAP: tl.constexpr):
+    """Of windows, and with overlap of the windows before: kv and exp(logit - top) [WINDOWS, m, CHANNELS],
+    their places and mask; then the sum of the latter, and the entries [WINDOWS, CHANNELS]."""
+    x, logit, place, mask = _load(inputs, b, slot, channel, slot < T, OVERLAP * C, S, T, C, M, OVERLAP)
+    top = tl.max(logit, 1)
+    if OVERLAP:
+        chained = (slot < T) & (slot > 0)
+        chained &= tl.load(inputs[4] + b * T + slot, mask=chained, other=0) != 0
+        before, before_logit, before_place, before_mask = _load(
+            inputs, b, slot - 1, channel, chained, 0, S, T, C, M, OVERLAP
+        )
+        before_logit = tl.where(chained[:, None, None], before_logit, float("-inf"))
+        top = tl.maximum(top, tl.max(before_logit, 1))
+    p = tl.exp(logit - top[:, None, :])
+    total, entry = tl.sum(p, 1), tl.sum(p * x, 1)
+    own = x, p, place, mask
+    other = own
+    if OVERLAP:
+        before_p = tl.exp(before_logit - top[:, None, :])
+        total, entry = total + tl.sum(before_p, 1), entry + tl.sum(before_p * before, 1)
+        other = before, before_p, before_place, before_mask
+    return own, other, total, entry / total
+
+
+@jit
+def _load(inputs, b, slot, channel, there, offset, S, T, C, M: tl.constexpr, OVERLAP: tl.constexpr):
+    """kv and logits [WINDOWS, m, CHANNELS] in fp32 of windows, from column `offset` on; places and mask."""
+    kv, gate, bias, tokens, _ = inputs
+    j, width, column = tl.arange(0, M), C * (1 + OVERLAP), channel + offset
     token = tl.load(tokens + (b * T + slot)[:, None] * M + j[None, :], mask=there[:, None], other=0)
     place = (b * S + token)[:, :, None] * width + column[None, None, :]
     mask = there[:, None, None] & (channel < C)[None, None, :]
     x = tl.load(kv + place, mask=mask, other=0.0).to(tl.float32)
     logit = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
-    offset = tl.load(bias + j[:, None] * width + column[None, :], mask=(channel < C)[None, :], other=0.0)
-    logit += offset.to(tl.float32)[None, :, :]
-    if BEFORE:
-        logit = tl.where(there[:, None, None], logit, float("-inf"))
-    return x, logit, place, mask
+    shift = tl.load(bias + j[:, None] * width + column[None, :], mask=(channel < C)[None, :], other=0.0)
+    return x, logit + shift.to(tl.float32)[None, :, :], place, mask
 
 
 @jit
-def _store(dkv, dgate, place, mask, part, x, entry):
-    """Store gradients [WINDOWS, m, CHANNELS], `part` that of kv; returns that of the bias [m, CHANNELS]."""
-    slope = part * (x - entry[:, None, :])
-    tl.store(dkv + place, part.to(dkv.dtype.element_ty), mask=mask)
-    tl.store(dgate + place, slope.to(dgate.dtype.element_ty), mask=mask)
-    return tl.sum(slope, 0)
+def _store(dkv, dgate, windows, given, d, entry):
+    """Store gradients of windows where one is `given`, by d over the sum; returns the bias'."""
+    x, p, place, mask = windows
+    of_kv = p * d
+    of_gate = of_kv * (x - entry[:, None, :])
+    tl.store(dkv + place, of_kv.to(dkv.dtype.element_ty), mask=mask & given)
+    tl.store(dgate + place, of_gate.to(dgate.dtype.element_ty), mask=mask & given)
+    return tl.sum(of_gate, 0)

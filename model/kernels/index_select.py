@@ -67,7 +67,7 @@ def index_select(
     count = min(length, max(1, SCORES_AT_ONCE // (batch * slots)))
     scores = q.new_empty(batch, count, slots, dtype=ranked_in)
     for start in range(0, length, count):
-        write_scores(scores, start, q, k, weights, first, end, more_than=best)
+        write_scores(scores, q, k, weights, first, end, start=start, more_than=best)
         write_best(indices, start, scores, first, end)
     return indices
 
@@ -80,7 +80,15 @@ def _empty_indices(
 
 
 def write_scores(
-    scores: Tensor, start: int, q: Tensor, k: Tensor, weights: Tensor, first: Tensor, end: Tensor, more_than: int
+    scores: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    first: Tensor,
+    end: Tensor,
+    *,
+    start: int = 0,
+    more_than: int = 0,
 ) -> None:
     """Scores [B, C, T] of the queries from `start` on, where they see more than `more_than` slots.
 

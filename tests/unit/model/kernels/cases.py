@@ -81,7 +81,7 @@ def ends(counts: list[int]) -> Tensor:
 
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-# Where Triton kernels run: on a GPU with bf16 operands, in Triton's interpreter with fp32 (its bf16 is not right).
+# Where Triton kernels run: on a GPU with bf16 operands, in the interpreter with fp32 (its bf16 is not right).
 DEVICES = [
     pytest.param("cuda", marks=pytest.mark.gpu),
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),

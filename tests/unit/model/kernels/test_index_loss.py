@@ -17,13 +17,20 @@ from tests.unit.model.kernels.test_index_select import BATCHES, spans
 FACTOR = 2.5
 
 
-def case(rows: list[list[int]], length: int, topk: int | None, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """q, k, weights (16 heads, 32 channels), mass, attended (a mask, or indices of top-k), real queries."""
+def case(
+    rows: list[list[int]],
+    length: int,
+    topk: int | None,
+    scale: float = 1.0,
+    heads: int = 16,
+    channels: int = 32,
+) -> tuple[Tensor, ...]:
+    """q, k, weights, mass, attended (a mask, or indices of top-k), real queries."""
     first, end, visible = spans(rows, length)
     generator = torch.Generator().manual_seed(length)
-    q = scale * torch.randn(len(rows), length, 16, 32, generator=generator)
-    k = torch.randn(len(rows), visible.shape[2], 32, generator=generator)
-    weights = torch.randn(len(rows), length, 16, generator=generator) / 8
+    q = scale * torch.randn(len(rows), length, heads, channels, generator=generator)
+    k = torch.randn(len(rows), visible.shape[2], channels, generator=generator)
+    weights = torch.randn(len(rows), length, heads, generator=generator) / (2 * heads**0.5)
     q, k, weights = (x.bfloat16().float() for x in (q, k, weights))
     mass = torch.rand(visible.shape, generator=generator) ** 4 * visible
     mass[:, length // 2] = 0  # all of it is the window's
@@ -48,7 +55,9 @@ def by_kernels(*inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("topk", [2, 6, 100])
 def test_at_indices_as_at_the_mask(topk: int) -> None:
     rows, length = BATCHES[0]
-    q, k, weights, mass, indices, real = (x.double() if x.is_floating_point() else x for x in case(rows, length, topk))
+    q, k, weights, mass, indices, real = (
+        x.double() if x.is_floating_point() else x for x in case(rows, length, topk)
+    )
     everywhere = mass.new_zeros(*real.shape, k.shape[1] + 1)
     slot = torch.where(indices < 0, k.shape[1], indices).long()
     masked = everywhere.scatter(2, slot, mass)[..., :-1], mask_of(indices, k.shape[1]), real
@@ -69,7 +78,10 @@ def test_shapes_without_data() -> None:
         q, k = torch.empty(2, 9, 16, 32, dtype=bf16), torch.empty(2, 7, 32, dtype=bf16)
         q.requires_grad_()
         weights, real = torch.empty(2, 9, 16), torch.empty(2, 9, dtype=torch.bool)
-        for width, attended in ((7, torch.empty(2, 9, 7, dtype=torch.bool)), (3, torch.empty(2, 9, 3, dtype=torch.int32))):
+        for width, attended in (
+            (7, torch.empty(2, 9, 7, dtype=torch.bool)),
+            (3, torch.empty(2, 9, 3, dtype=torch.int32)),
+        ):
             loss = by_kernels(q, k, weights, torch.empty(2, 9, width), attended, real)
             (grad,) = torch.autograd.grad(loss, q)
             assert loss.shape == () and loss.dtype == torch.float32 and grad.shape == q.shape
@@ -79,7 +91,9 @@ def test_shapes_without_data() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("topk", [None, 1, 6, 100])
 @pytest.mark.parametrize(("rows", "length"), [*BATCHES, ([[1]], 1)])
-def test_kernels(rows: list[list[int]], length: int, topk: int | None, deterministic: bool, device: str) -> None:
+def test_kernels(
+    rows: list[list[int]], length: int, topk: int | None, deterministic: bool, device: str
+) -> None:
     if topk is None and deterministic:
         pytest.skip("always so")
     check(case(rows, length, topk), deterministic, device)
@@ -89,6 +103,13 @@ def test_kernels(rows: list[list[int]], length: int, topk: int | None, determini
 @pytest.mark.parametrize("topk", [None, 6])
 def test_large_scores(topk: int | None, device: str) -> None:
     check(case(*BATCHES[1], topk, scale=300.0), False, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("topk", [None, 100])
+def test_sizes_of_v4(topk: int | None, deterministic: bool) -> None:
+    check(case([[500, 1, 522], [1023]], 1023, topk, heads=64, channels=128), deterministic, "cuda")
 
 
 def check(inputs: tuple[Tensor, ...], deterministic: bool, device: str) -> None:

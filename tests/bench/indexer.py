@@ -5,7 +5,7 @@
     scores   all scores that queries of one document need, 64 heads of 128 channels; useful TFLOP/s
     select   scores and the best 512: `select_indices`
     dense    loss and gradients over all visible entries; TFLOP/s of scores and both gradients
-    sparse   the same over 512 selected ones; also with dk in the same order every time (`in order`)
+    sparse   the same over 512 selected ones; also with dk added up `in_order`
     pooling  CSA's and HCA's compressors and the indexer's: GB/s of what must be read and written, beside
              a copy of as many bytes
 
@@ -138,14 +138,27 @@ def sparse() -> Iterator[Row]:
     for length in LENGTHS:
         q, k, weights, first, end = operands(length)
         indices = select_indices(q, k, weights, first, end, TOPK)
-        yield losses("sparse", q, k, weights, indices, end.clamp(max=TOPK))
-        torch.use_deterministic_algorithms(True)
-        yield losses("sparse", q, k, weights, indices, end.clamp(max=TOPK), " in order")
+        for how in (at_once, in_order):
+            yield losses("sparse", q, k, weights, indices, end.clamp(max=TOPK), how)
+
+
+def at_once(call: Callable[[], Any]) -> Any:
+    """As it comes."""
+    return call()
+
+
+def in_order(call: Callable[[], Any]) -> Any:
+    """With the same bits every time."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        return call()
+    finally:
         torch.use_deterministic_algorithms(False)
 
 
 def losses(
-    part: str, q: Tensor, k: Tensor, weights: Tensor, attended: Tensor, pairs: Tensor, how: str = ""
+    part: str, q: Tensor, k: Tensor, weights: Tensor, attended: Tensor, pairs: Tensor, how: Any = at_once
 ) -> Row:
     """The loss and its gradients by the kernels, and by the reference at the smallest length."""
     length = q.shape[1]
@@ -160,10 +173,11 @@ def losses(
         with torch.no_grad():
             return by_kernels(q, k, weights, mass, attended, real)
 
-    error, reference_error = of_some(q, k, weights, mass, attended)
-    ours = milliseconds(forward, in_a_row=3), milliseconds(partial(both, by_kernels), in_a_row=3)
+    error, reference_error = of_some(q, k, weights, mass, attended, how)
+    whole = partial(how, partial(both, by_kernels))
+    ours = milliseconds(forward, in_a_row=3), milliseconds(whole, in_a_row=3)
     row: Row = {
-        "part": part, "case": f"S {length}{how}", "ms": ours[1], "forward_ms": ours[0],
+        "part": part, "case": f"S {length} {how.__name__}", "ms": ours[1], "forward_ms": ours[0],
         "tflops": 3 * tera(pairs) / ours[1] * 1e3, "forward_tflops": tera(pairs) / ours[0] * 1e3,
         "error": checked(error, 2.5 * reference_error), "reference_error": reference_error,
     }  # fmt: skip
@@ -182,7 +196,9 @@ def by_reference(q: Tensor, k: Tensor, weights: Tensor, *rest: Tensor) -> Tensor
     return loss_of(q.float(), k.float(), weights.float(), *rest)
 
 
-def of_some(q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tensor) -> tuple[float, float]:
+def of_some(
+    q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tensor, how: Any
+) -> tuple[float, float]:
     """Largest errors of loss and gradients of sampled queries' losses: the kernels', the reference's."""
     some = sample(q.shape[1])
     real = torch.zeros(q.shape[:2], dtype=torch.bool, device="cuda")
@@ -194,7 +210,7 @@ def of_some(q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tenso
         dq, dk, dw = torch.autograd.grad(loss, leaves)
         return [loss.detach(), dk] + ([dq, dw] if few else [dq[:, some], dw[:, some]])
 
-    ours = found(by_kernels, False, q, k, weights, mass, attended, real)
+    ours = how(partial(found, by_kernels, False, q, k, weights, mass, attended, real))
     few = q[:, some], k, weights[:, some], mass[:, some], attended[:, some], real[:, some]
     exact = found(loss_of, True, *(x.double() for x in few[:4]), *few[4:])
     near = found(by_reference, True, *few)

@@ -131,15 +131,16 @@ def check(inputs: tuple[Tensor, ...], deterministic: bool, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("topk", [None, 6])
 def test_chunks_change_nothing(topk: int | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, where dk is added up in order."""
+    """dk's sums are others then; loss, dq and dw are the same bit for bit."""
     inputs = case([[30], [17, 12]], 30, topk)
     operands = [x.to(device, operand_dtype(device)) for x in inputs[:3]] + [x.to(device) for x in inputs[3:]]
     found = []
-    for at_once in (1 << 20, 1):
+    for at_once in (1 << 20, 48):  # all queries, or some, and fewer at the end
         monkeypatch.setattr(kernels, "SCORES_AT_ONCE", at_once)
-        monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 12 * at_once)
+        monkeypatch.setattr(kernels, "ROWS_AT_ONCE", at_once)
         torch.use_deterministic_algorithms(True)
         found.append(loss_and_gradients(by_kernels, *operands))
         torch.use_deterministic_algorithms(False)
-    assert all(distance(a, b) < 1e-6 for a, b in zip(*found, strict=True))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    whole, parts = found
+    assert distance(whole[2], parts[2]) < (3e-3 if device == "cuda" else 1e-6)
+    assert all(torch.equal(whole[i], parts[i]) for i in (0, 1, 3))

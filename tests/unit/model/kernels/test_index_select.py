@@ -42,9 +42,9 @@ def test_indices_are_those_of_the_mask(rows: list[list[int]], length: int, topk:
     wanted = keep_best(index_scores(q, k, weights), visible, topk)
     assert indices.dtype == torch.int32 and indices.shape == (*q.shape[:2], min(topk, slots))
     assert torch.equal(mask_of(indices, slots), wanted)
-    for found in indices.flatten(0, 1).tolist():
-        kept = [s for s in found if s >= 0]
-        assert kept == sorted(kept) and found == kept + [-1] * (len(found) - len(kept))
+    for found, mask in zip(indices.flatten(0, 1), wanted.flatten(0, 1), strict=True):
+        kept = mask.nonzero().flatten().tolist()
+        assert found.tolist() == kept + [-1] * (len(found) - len(kept))
 
 
 def test_shapes_without_data() -> None:

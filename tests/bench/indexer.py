@@ -89,10 +89,10 @@ def scores() -> Iterator[Row]:
                 if 0 <= i < out.shape[1] and end[0, start + i]:
                     seen = slice(0, int(end[0, start + i]))
                     errors.append(distance(out[0, i, seen], every[0, some == start + i][0, seen]))
-        time = milliseconds(partial(write_all, q, k, weights, first, end, out), in_a_row=3)
+        (time,) = milliseconds(partial(write_all, q, k, weights, first, end, out), in_a_row=3)
         yield {
             "part": "scores", "case": f"S {length}", "ms": time, "tflops": tera(end) / time * 1e3,
-            "error": checked(max(errors), 1e-5),
+            "error": checked(max(errors), 1e-4),
         }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def selection(length: int, ranked_in: torch.dtype) -> Row:
     if not torch.equal(kept, keep_best(out, visible, TOPK)):
         raise AssertionError("not the best of the kernel's scores")
     exact = keep_best(index_scores(alone[0].double(), k.double(), alone[2].double()), visible, TOPK)
-    time = milliseconds(call, in_a_row=3)
+    (time,) = milliseconds(call, in_a_row=3)
     row: Row = {
         "part": "select", "case": f"S {length} {ranked_in}", "ms": time,
         "tflops": tera(end[end > TOPK]) / time * 1e3, "recall": float((kept & exact).sum() / exact.sum()),
@@ -122,7 +122,7 @@ def selection(length: int, ranked_in: torch.dtype) -> Row:
     if length <= 16384:
         everything = torch.arange(slots, device="cuda") < end.unsqueeze(-1)
         theirs = partial(select_entries, q, k, weights, everything, TOPK, ranked_in)
-        row["reference_ms"] = milliseconds(theirs, samples=3, in_a_row=1)
+        (row["reference_ms"],) = milliseconds(theirs, samples=3, in_a_row=1)
         row["over_reference"] = row["reference_ms"] / time
     return row
 
@@ -175,14 +175,14 @@ def losses(
 
     error, reference_error = of_some(q, k, weights, mass, attended, how)
     whole = partial(how, partial(both, by_kernels))
-    ours = milliseconds(forward, in_a_row=3), milliseconds(whole, in_a_row=3)
+    ours = milliseconds(forward, whole, in_a_row=3)
     row: Row = {
         "part": part, "case": f"S {length} {how.__name__}", "ms": ours[1], "forward_ms": ours[0],
         "tflops": 3 * tera(pairs) / ours[1] * 1e3, "forward_tflops": tera(pairs) / ours[0] * 1e3,
         "error": checked(error, 2.5 * reference_error), "reference_error": reference_error,
     }  # fmt: skip
     if length == LENGTHS[0]:
-        row["reference_ms"] = milliseconds(partial(both, by_reference), samples=3, in_a_row=1)
+        (row["reference_ms"],) = milliseconds(partial(both, by_reference), samples=3, in_a_row=1)
         row["over_reference"] = row["reference_ms"] / ours[1]
     return row
 
@@ -249,7 +249,7 @@ def pooling() -> Iterator[Row]:
             ("backward", backward, 2 * size - upstream.nbytes),
         ):
             source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_()
-            time, floor = milliseconds(call), milliseconds(partial(torch.empty_like(source).copy_, source))
+            time, floor = milliseconds(call, partial(torch.empty_like(source).copy_, source))
             yield {
                 "part": "pooling", "case": f"{name} {step}", "ms": time, "gb_per_s": moved / time / 1e6,
                 "copy_gb_per_s": moved / floor / 1e6, "over_floor": time / floor, "error": error,

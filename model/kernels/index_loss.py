@@ -37,7 +37,7 @@ from model.kernels.index_select import (
     write_scores,
 )
 
-SPANS = 32  # parts of dk in memory, each of as many queries
+SPANS, LONGEST = 32, 512  # parts of dk in memory, but none of more queries: then there are more parts
 ROWS_AT_ONCE = 1 << 20  # rows of dk in memory to be sorted
 NONE, ATOMIC, KEPT = 0, 1, 2  # what programs of queries do with their rows of dk
 
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 SELECTED = Setting(64, 4, 3)  # scores of selected entries
 OF_QUERIES = Setting(64, 4, 2)  # dq and dw in dense attention
 OF_SELECTED = Setting(64, 8, 2)  # dq, dw and rows of dk where entries are selected
-OF_KEYS = Setting(128, 8, 3)  # dk in dense attention
+OF_KEYS = Setting(128, 8, 3)  # dk in dense attention; ptxas serialises its products with some others
 
 
 def hull(attended: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,11 +185,11 @@ def _grad_of_keys(
     """dk [B, T, c] of dense attention."""
     (batch, length, heads, channels), slots = q.shape, k.shape[1]
     entries, warps, stages = OF_KEYS
-    span = max(64, power_of_two_from(-(-length // SPANS)))
+    span = min(LONGEST, max(64, -(-length // SPANS)))
     parts = k.new_empty(-(-length // span), *k.shape, dtype=torch.float32)
     _keys_kernel[(-(-slots // entries), len(parts), batch)](
-        grad, q, k, weights, slopes, first, end, parts, length, slots,
-        heads, channels, entries, span, num_warps=warps, num_stages=stages,
+        grad, q, k, weights, slopes, first, end, parts, length, slots, span,
+        heads, channels, entries, LONGEST, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return parts.sum(0).to(k.dtype)
 
@@ -290,12 +290,12 @@ def _queries_kernel(
 
 @jit
 def _keys_kernel(
-    grad, q, k, weights, slopes, first, end, parts, S, T,
-    HEADS: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr, SPAN: tl.constexpr,
+    grad, q, k, weights, slopes, first, end, parts, S, T, SPAN,
+    HEADS: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     slot, span, b = tl.program_id(0) * ENTRIES, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = b * S + span * SPAN
-    low, high = seeing(first + row, end + row, S - span * SPAN, slot, ENTRIES, 0, SPAN)
+    row, count = b * S + span * SPAN, tl.minimum(SPAN, S - span * SPAN)
+    low, high = seeing(first + row, end + row, count, slot, ENTRIES, 0, LONGEST)
     slots = slot + tl.arange(0, ENTRIES)
     keys = load_keys(k + b * T * CHANNELS, slots, slots < T, CHANNELS)
     dk = tl.zeros((ENTRIES, CHANNELS), tl.float32)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from model.compressor import Compressor
 from model.config import ModelConfig
-from model.kernels.indexer import index_loss, select_entries
+from model.kernels.index_select import runs
+from model.kernels.indexer import index_loss, mask_of, select_entries, select_indices
 from model.layout import Slots
 from model.linear import Linear
 from model.quant import rotated_fp4
@@ -65,10 +66,20 @@ class Indexer(nn.Module):
 
     def select(self, compared: Compared, slots: Slots) -> Tensor:
         """Mask [B, S, T] of the top-k visible entries."""
-        ranked_in = torch.bfloat16 if self.fp4 else torch.float32
-        return select_entries(*compared, slots.visible(), self.topk, ranked_in)
+        if runs(compared.q, compared.k):
+            return mask_of(self.select_indices(compared, slots), compared.k.shape[1])
+        return select_entries(*compared, slots.visible(), self.topk, self.ranked_in)
+
+    def select_indices(self, compared: Compared, slots: Slots) -> Tensor:
+        """The same as indices int32 [B, S, min(topk, T)], ascending, -1 for none after them."""
+        return select_indices(*compared, slots.first, slots.end, self.topk, self.ranked_in)
+
+    @property
+    def ranked_in(self) -> torch.dtype:
+        """What scores are rounded to before they are compared."""
+        return torch.bfloat16 if self.fp4 else torch.float32
 
     def loss(self, compared: Compared, mass: Tensor, attended: Tensor, real: Tensor) -> Tensor:
-        """Sum over real queries [B, S] of the divergence from attention's mass [B, S, T] on the `attended`
-        entries (`index_loss`). V4 report, on the indexer's training."""
+        """Sum over real queries [B, S] of the divergence from attention's mass [B, S, T or n] on the
+        `attended` entries, a mask or indices (`index_loss`). V4 report, on the indexer's training."""
         return index_loss(*compared, mass, attended, real)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+import model.kernels.index_loss
 import model.kernels.product  # noqa: F401  registers fourfold::grouped_product
 from model.model import ForCausalLM
 
@@ -28,6 +29,8 @@ KEPT = (
     torch.ops.aten._scaled_mm_v2.default,
     torch.ops.aten._scaled_grouped_mm.default,
     torch.ops.fourfold.grouped_product.default,
+    torch.ops.fourfold.index_select.default,
+    torch.ops.fourfold.index_divergence.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.wait_tensor.default,
 )

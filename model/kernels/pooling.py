@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.kernels.gated_pool import pool, runs
 from model.norm import widen
 
 
@@ -24,6 +25,8 @@ def gated_pool(kv: Tensor, gate: Tensor, bias: Tensor, tokens: Tensor, chained: 
     the windows' token indices; `chained` [B, T] (None: no overlap) says that slot s - 1 holds the window
     before. Slots without an entry pool some tokens of the row and are to be masked by the caller.
     """
+    if runs(kv, tokens):
+        return pool(kv, gate, bias, tokens, chained)
     window_kv = widen(_take(kv, tokens))  # [B, T, m, C or 2C]
     window_gate = widen(_take(gate, tokens)) + bias
     if chained is not None:

@@ -43,15 +43,18 @@ from model.quant import FP8_BLOCK, Quantised, dequantise, quantise_fp8, round_fp
 WARM_UP = 0.5  # seconds
 EXPERTS, HIDDEN, WIDTH, ROWS, TOP_K, LIMIT = 32, 4096, 2048, 32768, 6, 10.0
 Row = dict[str, Any]
+Part = Callable[[], Iterator[Row]]
 
 
 def main() -> None:
+    run(__doc__, {"dense": dense, "casts": casts, "grouped": grouped, "layer": layer}, tune)
+
+
+def run(description: str | None, parts: dict[str, Part], tune: Part) -> None:
+    """Measure those of `parts` that the command line names, after `tune` where it asks for that."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts: dict[str, Callable[[], Iterator[Row]]] = {
-        "dense": dense, "casts": casts, "grouped": grouped, "layer": layer,
-    }  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--tune", action="store_true", help="try settings of the kernels")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
@@ -336,15 +339,15 @@ def tune() -> Iterator[Row]:
     """Settings of the grouped kernels, and numbers of warps of the casts."""
     for name, call, _, _ in expert_products(routed()):
         if name != "input gradient":  # the same kernel on the same shape as forward
-            yield from _compared(name, hopper, "GROUP", [4, 8, 16, 32], call)
-            yield from _compared(name, hopper, "STAGES", [2, 3, 4], call)
+            yield from compared(name, hopper, "GROUP", [4, 8, 16, 32], call)
+            yield from compared(name, hopper, "STAGES", [2, 3, 4], call)
     attributes = {"activation": cast, "weight": cast, "swiglu": swiglu, "swiglu backward": swiglu}
     for name, call, _, _ in cast_cases():
         if name in attributes:
-            yield from _compared(name, attributes[name], "WARPS", [4, 8, 16], call)
+            yield from compared(name, attributes[name], "WARPS", [4, 8, 16], call)
 
 
-def _compared(name: str, module: Any, attribute: str, values: list, call: Callable[[], Any]) -> Iterator[Row]:
+def compared(name: str, module: Any, attribute: str, values: list, call: Callable[[], Any]) -> Iterator[Row]:
     usual, times = getattr(module, attribute), {}
     for value in values:
         setattr(module, attribute, value)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 from torch import Tensor
 
+from model.kernels.gpu import triton
+from model.layout import Layout, build_layout
 from model.quant import Quantised, dequantise
+from tests.tiny import packed_batch, tiny_config
 
 
 def hard(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -72,3 +78,21 @@ def exact(quantised: Quantised) -> Tensor:
 
 def ends(counts: list[int]) -> Tensor:
     return torch.tensor(counts).cumsum(0).int()
+
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+# Where Triton kernels run: on a GPU with bf16 operands, in the interpreter with fp32 (its bf16 is not right).
+DEVICES = [
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+]
+
+
+def operand_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def packed_layout(kinds: str, rows: list[list[int]], length: int) -> Layout:
+    """The layout of packed documents for layers of these kinds (`tests.tiny`)."""
+    batch = packed_batch(rows, length)
+    return build_layout(tiny_config(kinds, 0), batch["position_ids"], batch["document_ids"])

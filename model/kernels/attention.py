@@ -28,7 +28,7 @@ Output = tuple[Tensor, Tensor | None]  # of blocks of queries: [B, n, W, H, C] a
 
 
 class Seen(NamedTuple):
-    """Which entries each query attends to: `first <= s < end`, of those what is `chosen`, if that is given."""
+    """Which entries each query attends to: `first <= s < end`, and of those only the `chosen`, if given."""
 
     first: Tensor  # [B, S]; like end it never decreases along a row
     end: Tensor  # [B, S]
@@ -114,7 +114,8 @@ def _attention(
     out, mass = _in_blocks(q, kv, entries, mask, sinks, positions, window, with_mass)
     if mass is None or seen.chosen is None or seen.chosen.dtype == torch.bool:
         return out, mass
-    return out, mass.gather(2, seen.chosen.clamp(min=0).long()).masked_fill(seen.chosen < 0, 0)
+    at = torch.where(seen.chosen < 0, entries.shape[1], seen.chosen).long()
+    return out, F.pad(mass, (0, 1)).gather(2, at)
 
 
 def _runs(q: Tensor, kv: Tensor, entries: Tensor) -> bool:
@@ -160,7 +161,7 @@ def _in_blocks(
     window: int,
     with_mass: bool,
 ) -> Output:
-    """Output [B, S, H, C] and, where asked for, mass [B, S, T]; beyond LOGIT_BUDGET blocks of queries go in turn."""
+    """Output [B, S, H, C] and, where asked for, mass [B, S, T]; beyond LOGIT_BUDGET blocks go in turn."""
     batch, length, heads, _ = q.shape
     block = min(window, length) or min(128, length)
     blocks = -(-length // block)

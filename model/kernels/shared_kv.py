@@ -11,6 +11,10 @@ Tokens and entries are one loop and one softmax, which begins with the sink: no 
 (128 KB a query in fp32 with 64 heads of 512), and a query that sees nothing is no special case. Logits are in
 units of log 2; lse [B, S, H] is log2 of what a row's exponentials are divided by, the sink's included.
 
+A tile of 64 rows is what fits: with 512 channels the queries and two tiles of keys take 192 of 227 KB, and
+the output a half of all registers. Where a product feeds another one, Triton has every warpgroup compute all
+of its columns; `if i >= 0`, which always holds, hides this from it, and each computes a half.
+
 Legend: B batch, S sequence, N keys of a source (tokens or entries), T compressed slots, H heads, C channels,
 k chosen entries, spans [B, S, 2] int32: first and end.
 """
@@ -40,15 +44,15 @@ FORWARD, GATHERED_FORWARD = Setting(64, 32, 8, 3), Setting(64, 64, 8, 2)
 MASS, GATHERED_MASS = Setting(128, 32, 8, 2), Setting(64, 64, 8, 2)
 
 
-def shared_constants(q: Tensor, chosen: Tensor | None, setting: Setting) -> dict[str, int]:
-    """What the kernels are compiled for. A tile has only one query where its keys are its own."""
-    gathered = chosen is not None and chosen.dtype == torch.int32
-    heads, count = q.shape[2], 1 if chosen is None else max(1, chosen.shape[2])
+def constants_of(q: Tensor, chosen: Tensor | None, setting: Setting) -> dict[str, int]:
+    """What a kernel is compiled for. A tile has only one query where its keys are its own."""
+    gathered, heads = is_gathered(chosen), q.shape[2]
+    count = chosen.shape[2] if chosen is not None and gathered else 0
     return {
         "H": heads,
         "C": q.shape[3],
-        "K": count if gathered else 1,
-        "BLOCK": _power(count) if gathered else 1,
+        "K": count,
+        "BLOCK": _power(count),
         "CHOSEN": 2 if gathered else int(chosen is not None),
         "ROWS": setting.rows,
         "KEYS": setting.keys,
@@ -65,30 +69,35 @@ def grid_of(q: Tensor, constants: dict[str, int]) -> tuple[int, int]:
     return -(-length // queries) * -(-heads // constants["HEADS"]), batch
 
 
-def readable(chosen: Tensor | None) -> Tensor | None:
-    """Masks as bytes."""
-    return (
-        chosen.contiguous().view(torch.uint8) if chosen is not None and chosen.dtype == torch.bool else chosen
-    )
+def is_gathered(chosen: Tensor | None) -> bool:
+    return chosen is not None and chosen.dtype == torch.int32
+
+
+def readable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous, and masks as bytes: as kernels take them."""
+    whole = [None if x is None else x.contiguous() for x in tensors]
+    return [x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in whole]
 
 
 def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()
+    """The least power of two that is not smaller."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 @torch.library.custom_op("fourfold::shared_kv_forward", mutates_args=())
 def forward(
     q: Tensor, kv: Tensor, near: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, sinks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, S, H, C] and lse [B, S, H] of queries that see spans `near` of kv [B, N, C] and spans `far` of
-    entries [B, T, C], all or those `chosen`: bool [B, S, T] or int32 [B, S, k], -1 for none."""
+    """Output [B, S, H, C] and lse [B, S, H].
+
+    Queries see spans `near` of kv [B, N, C] and `far` of entries [B, T, C], of these all or the `chosen`:
+    bool [B, S, T], or indices int32 [B, S, k], -1 for none.
+    """
     out, lse = _empty_forward(q, kv, near, entries, far, chosen, sinks)
-    constants = shared_constants(q, chosen, FORWARD)
-    tensors = (q, kv, near, entries, far, chosen, sinks)
     if q.numel():
+        constants = constants_of(q, chosen, GATHERED_FORWARD if is_gathered(chosen) else FORWARD)
         _forward_kernel[grid_of(q, constants)](
-            *(None if x is None else x.contiguous() for x in map(readable, tensors)), out, lse,
+            *readable(q, kv, near, entries, far, chosen, sinks), out, lse,
             q.shape[1], kv.shape[1], entries.shape[1], q.shape[3] ** -0.5 * LOG2_E, **constants,
         )  # fmt: skip
     return out, lse
@@ -98,28 +107,22 @@ def forward(
 def _empty_forward(
     q: Tensor, kv: Tensor, near: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, sinks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        q.shape[:3], dtype=torch.float32
-    )
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("fourfold::entry_mass", mutates_args=())
 def entry_mass(q: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, lse: Tensor) -> Tensor:
     """Probabilities summed over heads, fp32: [B, S, T], or [B, S, k] at chosen indices."""
-    constants = shared_constants(q, chosen, MASS)
-    if constants["CHOSEN"] == 2:
-        constants = shared_constants(q, chosen, GATHERED_MASS)
+    constants = constants_of(q, chosen, GATHERED_MASS if is_gathered(chosen) else MASS)
     blocks = -(-q.shape[2] // constants["HEADS"])  # of heads; each adds up its own
-    parts = _empty_mass(q, entries, far, chosen, lse).new_zeros(
-        blocks, *_empty_mass(q, entries, far, chosen, lse).shape
-    )
+    mass = _empty_mass(q, entries, far, chosen, lse)
+    parts = mass.new_zeros(blocks, *mass.shape)
     if parts.numel():
-        tensors = map(readable, (q, entries, far, chosen, lse))
         _mass_kernel[grid_of(q, constants)](
-            *(None if x is None else x.contiguous() for x in tensors), parts,
+            *readable(q, entries, far, chosen, lse), parts,
             q.shape[1], entries.shape[1], q.shape[3] ** -0.5 * LOG2_E, parts.stride(0), **constants,
         )  # fmt: skip
-    return parts.sum(0) if blocks > 1 else parts[0]
+    return parts.sum(0) if blocks > 1 else parts.squeeze(0)
 
 
 @entry_mass.register_fake
@@ -152,7 +155,7 @@ def _forward_kernel(
         k = tl.load(source + place[:, None].to(tl.int64) * C + channels[None, :])
         s = tl.where(seen, tl.dot(x, tl.trans(k)) * scale, -float("inf"))
         p, fade = s, m
-        if i >= 0:  # always; see `rows_of`
+        if i >= 0:
             highest = tl.maximum(m, tl.max(s, 1))
             p = tl.exp2(s - highest[:, None])
             fade = tl.exp2(m - highest)
@@ -179,12 +182,13 @@ def _mass_kernel(
     QUERIES: tl.constexpr = ROWS // HEADS
     one, _, one_exists = rows_of(tl.program_id(0), tl.arange(0, QUERIES) * HEADS, S, H, ROWS, HEADS)
     width = K if CHOSEN == 2 else T
-    target = mass + tl.program_id(0) % tl.cdiv(H, HEADS) * stride + (b * S + one[:, None]) * width
+    target = (
+        mass + (tl.program_id(0) % tl.cdiv(H, HEADS)).to(tl.int64) * stride + (b * S + one[:, None]) * width
+    )
     for i in range(tiles):
         column = far_start + i * KEYS + tl.arange(0, KEYS)
-        place, seen = keys_of(
-            chosen, b * S + query, far_start + i * KEYS, first, end, True, T, K, CHOSEN, KEYS
-        )
+        start = far_start + i * KEYS
+        place, seen = keys_of(chosen, b * S + query, start, first, end, True, T, K, CHOSEN, KEYS)
         place = tl.minimum(tl.maximum(place, 0), T - 1)
         k = tl.load(entries + (b * T + place[:, None]) * C + channels[None, :])
         s = tl.dot(x, tl.trans(k)) * scale - minus[:, None]
@@ -218,7 +222,7 @@ def span_of(spans, query, KEYS: tl.constexpr):
 def far_span(
     far, chosen, query, K: tl.constexpr, BLOCK: tl.constexpr, CHOSEN: tl.constexpr, KEYS: tl.constexpr
 ):
-    """`span_of` the entries; of gathered ones, of the K indices of the only query: from the first that it has."""
+    """`span_of` entries; if gathered, of the only query's K indices: from its first to its last."""
     first, end, start, tiles = span_of(far, query, KEYS)
     if CHOSEN == 2:
         place = tl.arange(0, BLOCK)

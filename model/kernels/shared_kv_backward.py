@@ -1,4 +1,4 @@
-"""Backward of `model.kernels.shared_kv`, from lse and delta_th = sum_c dout_thc * out_thc (all of it, the sink's too):
+"""Backward of `model.kernels.shared_kv`, from lse and delta_th = sum_c dout_thc out_thc, the sink's part too.
 
     p = 2^(s - lse),  ds_tj = p_tj (dout_th . k_j - delta_th),  dsink_h = -sum_t p_sink delta_th
     dq_th = scale sum_j ds_tj k_j,    dk_j = sum_th (scale ds_tj q_th + p_tj dout_th)
@@ -7,10 +7,10 @@ The query's and the output gradient's rows are loaded as one tile, so that one p
 and dout . k, and another one dk: [scale ds, p] times [q; dout]. Shared memory has no room for dq's and dk's
 tiles together, so each has a kernel, and s is computed twice:
 
-    dq        a program for each tile of rows, as in forward, which computes delta as well
-    tokens, entries   a program for each tile of keys and part of the rows that see it; parts are added up in order
-    gathered  a program for each query adds to its entries' gradients: atomically, in no order; or, if asked for
-              the same bits every time, writes what it would add in bf16, which then is summed entry by entry
+    queries   a program for each tile of rows, as in forward, which computes delta as well
+    keys      a program for each tile of keys and part of the rows that see it; parts are added up in order
+    gathered  a program for each query and 64 heads adds to its entries' gradients: atomically, in no order;
+              or, to get the same bits every time, it writes in bf16 what a sum over sorted entries adds up
 
 Legend: as there.
 """
@@ -24,13 +24,14 @@ from model.kernels.gpu import jit, tl
 from model.kernels.shared_kv import (
     LOG2_E,
     Setting,
+    constants_of,
     far_span,
     forward,
     grid_of,
+    is_gathered,
     keys_of,
     readable,
     rows_of,
-    shared_constants,
     span_of,
 )
 
@@ -47,18 +48,18 @@ def backward(
     sinks: Tensor, out: Tensor, lse: Tensor, repeatable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, kv, entries and sinks."""
-    grad, q, kv, entries, near, far = (x.contiguous() for x in (grad, q, kv, entries, near, far))
-    chosen = readable(chosen)
+    grad, q, kv, near, entries, far = (x.contiguous() for x in (grad, q, kv, near, entries, far))
+    (chosen,) = readable(chosen)
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     if not q.numel():
         return dq, torch.zeros_like(kv), torch.zeros_like(entries), torch.zeros_like(sinks)
-    constants, scale = shared_constants(q, chosen, DQ), q.shape[3] ** -0.5
+    constants, scale = constants_of(q, chosen, DQ), q.shape[3] ** -0.5
     _dq_kernel[grid_of(q, constants)](
         q, grad, kv, near, entries, far, chosen, out, lse, dq, delta,
         q.shape[1], kv.shape[1], entries.shape[1], scale, **constants,
     )  # fmt: skip
     dkv = _of_keys(q, grad, kv, near, None, lse, delta)
-    if chosen is not None and chosen.dtype == torch.int32:
+    if chosen is not None and is_gathered(chosen):
         gathered = _of_gathered_repeatably if repeatable else _of_gathered
         dentries = gathered(q, grad, entries, chosen, lse, delta)
     else:
@@ -90,10 +91,10 @@ def _of_keys(
     q: Tensor, grad: Tensor, keys: Tensor, spans: Tensor, mask: Tensor | None, lse: Tensor, delta: Tensor
 ) -> Tensor:
     """Gradient of keys [B, N, C] that queries see by spans and, if there is one, by a mask."""
-    batch, count, channels = keys.shape
+    batch, count, _ = keys.shape
     if not count:
         return torch.zeros_like(keys)
-    constants = shared_constants(q, mask, DKV)
+    constants = constants_of(q, mask, DKV)
     del constants["K"], constants["BLOCK"]
     tiles = -(-count // DKV.keys)
     parts = min(256, 1 << max(0, (PROGRAMS // (tiles * batch)).bit_length() - 1))
@@ -129,14 +130,14 @@ def _of_gathered(
 def _of_gathered_repeatably(
     q: Tensor, grad: Tensor, entries: Tensor, chosen: Tensor, lse: Tensor, delta: Tensor
 ) -> Tensor:
-    """Gradient of entries, the same bits every time: chunks of queries in turn, their parts sorted by entry."""
+    """The same bits every time: chunks of queries in turn, whose parts are sorted by entry."""
     batch, slots, channels = entries.shape
     count = chosen.shape[2]
     blocks = -(-q.shape[2] // GATHERED.rows)
     total = torch.zeros_like(entries, dtype=torch.float32)
     row = torch.arange(batch, device=q.device, dtype=torch.int32).view(-1, 1, 1, 1) * slots
     edges = torch.arange(batch * slots + 1, device=q.device, dtype=torch.int32)
-    chunk = max(1, PARTIAL_BYTES // (batch * blocks * count * channels * 2))
+    chunk = max(1, PARTIAL_BYTES // max(1, batch * blocks * count * channels * 2))
     for start in range(0, q.shape[1], chunk):
         own = chosen[:, start : start + chunk].unsqueeze(2)  # [B, s, 1, k]
         length = own.shape[1]
@@ -153,7 +154,7 @@ def _gathered_kernel_of(
     q: Tensor, grad: Tensor, entries: Tensor, chosen: Tensor, lse: Tensor, delta: Tensor, target: Tensor,
     start: int, length: int, repeatable: bool,
 ) -> None:  # fmt: skip
-    constants = shared_constants(q, chosen, GATHERED)
+    constants = constants_of(q, chosen, GATHERED)
     del constants["CHOSEN"], constants["HEADS"]
     grid = (length, -(-q.shape[2] // GATHERED.rows), len(q))
     _gathered_kernel[grid](
@@ -239,7 +240,7 @@ def _dkv_kernel(
         at = (b * S + query) * H + head
         minus, along = tl.load(lse + at), tl.load(delta + at)
         y = tl.dot(k, tl.trans(x))
-        if i >= 0:  # always; see `rows_of`
+        if i >= 0:  # see `model.kernels.shared_kv`
             y = weights_of(y, seen, minus, along, scale, KEYS, ROWS)
         acc = tl.dot(y.to(k.dtype), x, acc)
     target = partial + (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + b) * N * C

@@ -222,16 +222,21 @@ def span_of(spans, query, KEYS: tl.constexpr):
 def far_span(
     far, chosen, query, K: tl.constexpr, BLOCK: tl.constexpr, CHOSEN: tl.constexpr, KEYS: tl.constexpr
 ):
-    """`span_of` entries; if gathered, of the only query's K indices: from its first to its last."""
+    """`span_of` entries; if they are gathered, of indices of the only query."""
     first, end, start, tiles = span_of(far, query, KEYS)
     if CHOSEN == 2:
-        place = tl.arange(0, BLOCK)
-        index = tl.load(chosen + tl.min(query, 0) * K + place, mask=place < K, other=-1)
-        start = tl.min(tl.where(index >= 0, place, K), 0)
-        last = tl.max(tl.where(index >= 0, place + 1, 0), 0)
+        start, last = gathered_span(chosen + tl.min(query, 0) * K, K, BLOCK)
         first, end = first * 0 + start, end * 0 + last
         tiles = tl.cdiv(tl.maximum(last - start, 0), KEYS)
     return first, end, start, tiles
+
+
+@jit
+def gathered_span(own, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Where among its K indices the first is that a query has, and the place after the last."""
+    place = tl.arange(0, BLOCK)
+    has = tl.load(own + place, mask=place < K, other=-1) >= 0
+    return tl.min(tl.where(has, place, K), 0), tl.max(tl.where(has, place + 1, 0), 0)
 
 
 @jit

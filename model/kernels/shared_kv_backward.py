@@ -27,6 +27,7 @@ from model.kernels.shared_kv import (
     constants_of,
     far_span,
     forward,
+    gathered_span,
     grid_of,
     is_gathered,
     keys_of,
@@ -200,9 +201,8 @@ def _dq_kernel(
         s = s * (scale * 1.4426950408889634) - minus[:, None]
         p = tl.exp2(tl.where(seen, s, -float("inf")))
         acc = tl.dot((p * (along_k - along[:, None])).to(k.dtype), k, acc)
-    tl.store(
-        dq + row[:, None] * C + channels[None, :], (acc * scale).to(dq.dtype.element_ty), mask=exists[:, None]
-    )
+    acc *= scale
+    tl.store(dq + row[:, None] * C + channels[None, :], acc.to(dq.dtype.element_ty), mask=exists[:, None])
 
 
 @jit(varying=("S", "N"))
@@ -244,7 +244,6 @@ def _dkv_kernel(
             y = weights_of(y, seen, minus, along, scale, KEYS, ROWS)
         acc = tl.dot(y.to(k.dtype), x, acc)
     target = partial + (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + b) * N * C
-    place = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     tl.store(target + place[:, None].to(tl.int64) * C + channels[None, :], acc, mask=(place < N)[:, None])
 
 
@@ -273,8 +272,9 @@ def _gathered_kernel(
     minus, along = tl.load(lse + row), tl.load(delta + row)
     if REPEATABLE:
         first = ((b * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)) * K
-    for i in range(0, tl.cdiv(K, KEYS)):
-        place = i * KEYS + tl.arange(0, KEYS)
+    begin, last = gathered_span(chosen + query * K, K, BLOCK)
+    for i in range(0, tl.cdiv(tl.maximum(last - begin, 0), KEYS)):
+        place = begin + i * KEYS + tl.arange(0, KEYS)
         index = tl.load(chosen + query * K + place, mask=place < K, other=-1)
         own = b * T + tl.maximum(index, 0)
         k = tl.load(entries + own[:, None] * C + channels[None, :])

@@ -126,8 +126,8 @@ def results(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
 @pytest.fixture(params=["masked", "gathered", "repeatable"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How kernels read selected entries."""
-    monkeypatch.setattr(module, "GATHER_ABOVE", 1000 if request.param == "masked" else -1)
-    monkeypatch.setattr(shared_kv_backward, "PARTIAL_BYTES", 1 << 16)  # several chunks
+    monkeypatch.setattr(module, "GATHER_ABOVE", 1000 if request.param == "masked" else 0)
+    monkeypatch.setattr(shared_kv_backward, "PARTIAL_BYTES", 1 << 13)  # several chunks
     usual = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(request.param == "repeatable")
     yield request.param

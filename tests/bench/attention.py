@@ -8,12 +8,12 @@
     csa        and the indexer's 512 of those (of 128 heads 1024), here at random, as GATHER_ABOVE has it
     csa_masked, csa_gathered, csa_repeatable    the same by each way to read them
 
-Rows are one document. Every line of JSON is one measurement: milliseconds are medians between CUDA events
-over calls in a row, after warm-up. TFLOP/s are useful: of the pairs that are attended to alone, two products
-of them forward, five backward, one for the mass. Peers where they fit: the torch reference, and transformers'
-eager attention. Before anything is timed, output and all gradients are compared with fp64 at SAMPLE queries
-(`errors`, relative norms; the output's gradient is zero at all others). `--tune` tries settings of every
-kernel first and says which was best; the rest then runs with the settings in the code.
+Rows are one document. Every line of JSON is one measurement: milliseconds are medians between CUDA events,
+after warm-up. TFLOP/s are useful: of the pairs that are attended to alone, two products of them forward, five
+backward, one for the mass. Peers where they fit: the torch reference, and transformers' eager attention.
+Before anything is timed, output and all gradients are compared with fp64 at SAMPLE queries (`errors`,
+relative norms; the output's gradient is zero at all others). `--tune` tries settings of every kernel first
+and says which was best; the rest then runs with the settings in the code.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 def use(case: str) -> None:
     """Have selected entries read as the case says."""
     module.GATHER_ABOVE = {"csa_masked": 1 << 30, "csa": USUAL}.get(case, -1)
-    torch.use_deterministic_algorithms(case == "csa_repeatable")
+    torch.use_deterministic_algorithms(case == "csa_repeatable", warn_only=True)
 
 
 def problem(case: str, length: int, heads: int) -> Problem:
@@ -159,7 +159,7 @@ def measured(case: str, length: int, heads: int) -> Iterator[Row]:
     tera = 2 * CHANNELS * heads * (near + far) / 1e12  # of one product
     errors, row = checked(p), {"case": case, "length": length, "heads": heads}
     with torch.no_grad():
-        forward = milliseconds(p.attend, samples=5, in_a_row=3)
+        (forward,) = milliseconds(p.attend)
     backward = of_backward(p.attend(), p)
     yield row | {
         "forward_ms": forward, "forward_tflops": 2 * tera / forward * 1e3,
@@ -168,13 +168,13 @@ def measured(case: str, length: int, heads: int) -> Iterator[Row]:
     if p.entries is not None and p.seen is not None:
         known = (p.q, p.kv, p.entries, p.seen, p.sinks, p.positions, WINDOW)
         with torch.no_grad():
-            both = milliseconds(lambda: attention_and_mass(*known), samples=5, in_a_row=3)
+            (both,) = milliseconds(lambda: attention_and_mass(*known))
         mass = tera * far / (near + far) / (both - forward) * 1e3
         yield row | {"part": "mass", "ms": both - forward, "tflops": mass}
     for name, attend in (("torch", in_torch), ("transformers", in_transformers)):
         try:
             with torch.no_grad():
-                theirs = milliseconds(partial(attend, p), samples=3, in_a_row=1)
+                (theirs,) = milliseconds(partial(attend, p), samples=3, in_a_row=1)
             theirs_back = of_backward(attend(p), p)
         except torch.OutOfMemoryError:
             yield row | {"peer": name, "error": "out of memory"}
@@ -187,9 +187,7 @@ def measured(case: str, length: int, heads: int) -> Iterator[Row]:
 
 def of_backward(out: Tensor, p: Problem) -> float:
     leaves = p.leaves()
-    return milliseconds(
-        lambda: torch.autograd.grad(out, leaves, p.grad, retain_graph=True), samples=5, in_a_row=3
-    )
+    return milliseconds(lambda: torch.autograd.grad(out, leaves, p.grad, retain_graph=True), in_a_row=1)[0]
 
 
 def in_torch(p: Problem) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.compressor import Compressor
 from model.config import ModelConfig
 from model.indexer import Compared, Indexer
-from model.kernels.attention import attention_and_mass, shared_kv_attention
+from model.kernels.attention import Seen, attention_and_mass, shared_kv_attention
 from model.layout import COMPRESSED, SELECTIVE, Layout
 from model.linear import Linear
 from model.norm import RMSNorm, rms_norm
@@ -74,14 +74,15 @@ class Attention(nn.Module):
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.channels))
         q = apply_rope(rms_norm(q, eps=self.eps), per_head)  # [B, S, H, C]
         kv = self.stored(apply_rope(self.kv_norm(self.kv_proj(x)), (cos, sin)))  # [B, S, C]
-        entries, visible, compared = self._far(x, q_latent, kv, layout, mode, indexer_loss)
+        entries, seen, compared = self._far(x, q_latent, kv, layout, mode, indexer_loss)
         (kv,) = layout.context.extended(self.window, kv)
         known, loss = (self.sinks, layout.positions, self.window), None
-        if compared is None or entries is None or visible is None:
-            out = shared_kv_attention(q, kv, entries, visible, *known)
+        if compared is None or entries is None or seen is None:
+            out = shared_kv_attention(q, kv, entries, seen, *known)
         else:
-            out, mass = attention_and_mass(q, kv, entries, visible, *known)
-            loss = self.indexer.loss(compared, mass, visible, layout.real)
+            out, mass = attention_and_mass(q, kv, entries, seen, *known)
+            attended = seen.mask(entries.shape[1]) if seen.chosen is None else seen.chosen
+            loss = self.indexer.loss(compared, mass, attended, layout.real)
         out = apply_rope(out, per_head, inverse=True)
         return self.o_b_proj(self.o_a_proj(out.flatten(2))), loss
 
@@ -93,22 +94,22 @@ class Attention(nn.Module):
         layout: Layout,
         mode: AttentionMode,
         indexer_loss: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None, Compared | None]:
-        """What lies beyond the window: entries [B, T, C], who attends to them [B, S, T], and what the indexer
-        compared them by, where it is to learn from that."""
+    ) -> tuple[Tensor | None, Seen | None, Compared | None]:
+        """What lies beyond the window: entries [B, T, C], who attends to them, and what the indexer compared
+        them by, where it is to learn from that."""
         if self.layer_type == "full_attention":
             kv = layout.context.gather(kv)
-            token, start = torch.arange(kv.shape[1], device=kv.device), layout.first.unsqueeze(-1)
-            return kv, (token >= start) & (token <= start + layout.positions.unsqueeze(-1)), None
+            return kv, Seen(layout.first, layout.first + layout.positions + 1), None
         if self.layer_type not in COMPRESSED:
             return None, None, None
         slots = layout.slots[self.layer_type]
-        entries = self.stored(self.compressor(x, slots))
+        entries, seen = self.stored(self.compressor(x, slots)), Seen(slots.first, slots.end)
         if self.layer_type != SELECTIVE or not (mode == "sparse" or indexer_loss):
-            return entries, slots.visible(), None
+            return entries, seen, None
         compared = self.indexer.compare(x, q_latent, slots, layout.rotations["compress"])
-        attended = self.indexer.select(compared, slots) if mode == "sparse" else slots.visible()
-        return entries, attended, compared if indexer_loss else None
+        if mode == "sparse":
+            seen = seen._replace(chosen=self.indexer.select(compared, slots))
+        return entries, seen, compared if indexer_loss else None
 
 
 class GroupedOutput(nn.Module):

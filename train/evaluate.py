@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention, AttentionMode
 from model.hyper_connection import HyperConnection, Mix
+from model.kernels.attention import Seen
 from model.layout import Layout
 from model.loss import TokenScores
 from model.model import ForCausalLM
@@ -183,7 +184,7 @@ def _recall_into(recalls: dict[str, Tensor], layer: str, attention: Attention) -
     """What to do after `attention._far`: put the recall of its indexer into `recalls[layer]`."""
 
     def see(
-        far: tuple[Tensor, Tensor, Any],
+        far: tuple[Tensor, Seen, Any],
         x: Tensor,
         q_latent: Tensor,
         kv: Tensor,
@@ -191,11 +192,11 @@ def _recall_into(recalls: dict[str, Tensor], layer: str, attention: Attention) -
         mode: str,
         indexer_loss: bool,
     ) -> None:
-        entries, selected, _ = far
+        entries, seen, _ = far
         slots, indexer = layout.slots[attention.layer_type], attention.indexer
         inputs = x, q_latent, slots, layout.rotations["compress"]
-        if mode != "sparse":  # what the indexer would select
-            selected = indexer(*inputs)
+        # In other modes, what the indexer would select.
+        selected = seen.mask(entries.shape[1]) if mode == "sparse" else indexer(*inputs)
         if (recall := indexer_recall(attention, q_latent, kv, entries, selected, layout)) is not None:
             if indexer.fp4:
                 indexer.fp4 = False

@@ -11,23 +11,49 @@ Legend: B batch, S sequence, W window, n blocks of W queries, T compressed slots
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.kernels import shared_kv, shared_kv_backward  # noqa: F401  registers the backward
+from model.kernels.gpu import runs_kernels
 from model.norm import widen
 
 LOGIT_BUDGET = 1 << 28  # attention logits that a layer holds at once; beyond it backward recomputes them
+GATHER_ABOVE = 4  # slots for each selected entry, beyond which kernels gather instead of masking
 Output = tuple[Tensor, Tensor | None]  # of blocks of queries: [B, n, W, H, C] and the mass [B, n, W, T]
+
+
+class Seen(NamedTuple):
+    """Which entries each query attends to: `first <= s < end`, and of those only the `chosen`, if given."""
+
+    first: Tensor  # [B, S]; like end it never decreases along a row
+    end: Tensor  # [B, S]
+    chosen: Tensor | None = None  # bool [B, S, T], or indices in that span: int32 [B, S, k], -1 for none
+
+    def mask(self, slots: int) -> Tensor:
+        """[B, S, T] bool."""
+        slot = torch.arange(slots, device=self.first.device)
+        span = (slot >= self.first.unsqueeze(-1)) & (slot < self.end.unsqueeze(-1))
+        if self.chosen is None:
+            return span
+        return span & (self.chosen if self.chosen.dtype == torch.bool else mask_of(self.chosen, slots))
+
+
+def mask_of(chosen: Tensor, slots: int) -> Tensor:
+    """Indices [B, S, k], -1 for none -> bool [B, S, T]."""
+    mask = chosen.new_zeros(*chosen.shape[:2], slots + 1, dtype=torch.bool)
+    return mask.scatter(2, torch.where(chosen < 0, slots, chosen).long(), True)[..., :slots]
 
 
 def shared_kv_attention(
     q: Tensor,
     kv: Tensor,
     entries: Tensor | None,
-    visible: Tensor | None,
+    visible: Seen | Tensor | None,
     sinks: Tensor,
     positions: Tensor,
     window: int,
@@ -35,42 +61,108 @@ def shared_kv_attention(
     """Attention output [B, S, H, C].
 
     q [B, S, H, C]; kv [B, S, C], or [B, window + S, C] that begins `window` tokens before the queries;
-    entries [B, T, C] with `visible` [B, S, T] bool, or both None; sinks [H] fp32; positions [B, S] within the
-    document (the window never reaches before position 0); `window` 0 attends to entries only. No
-    [B, S, H, S] exists: beyond LOGIT_BUDGET blocks of queries go in turn.
+    entries [B, T, C] and who attends to them: `Seen`, or a mask [B, S, T] bool; or both None; sinks
+    [H] fp32; positions [B, S] within the document (the window never reaches before position 0); `window` 0
+    attends to entries only. No [B, S, H, S] exists.
+
+    On Hopper and newer bf16 and fp16 with 64 to 512 channels, a power of two, go through the kernels of
+    `shared_kv`. Gradients of selected entries that are gathered (GATHER_ABOVE) then are added up in no fixed
+    order, unless `torch.use_deterministic_algorithms` asks for the same bits every time.
     """
-    return _in_blocks(q, kv, entries, visible, sinks, positions, window, with_mass=False)[0]
+    return _attention(q, kv, entries, visible, sinks, positions, window, with_mass=False)[0]
 
 
 def attention_and_mass(
-    q: Tensor, kv: Tensor, entries: Tensor, visible: Tensor, sinks: Tensor, positions: Tensor, window: int
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor,
+    visible: Seen | Tensor,
+    sinks: Tensor,
+    positions: Tensor,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and what each query gives to each entry: sum_h p_tj, [B, S, T] in fp32 or wider.
+    """The same, and what each query gives to each entry: sum_h p_tj, in fp32 or wider.
 
-    The mass is taken before p is rounded to q's dtype, and carries no gradient.
+    Of shape [B, S, T], or, where entries are chosen by indices, [B, S, k] at those, 0 for none. It is taken
+    before p is rounded to q's dtype, and carries no gradient.
     """
-    out, mass = _in_blocks(q, kv, entries, visible, sinks, positions, window, with_mass=True)
+    out, mass = _attention(q, kv, entries, visible, sinks, positions, window, with_mass=True)
     assert mass is not None
     return out, mass
 
 
-def _in_blocks(
+def _attention(
     q: Tensor,
     kv: Tensor,
     entries: Tensor | None,
-    visible: Tensor | None,
+    visible: Seen | Tensor | None,
     sinks: Tensor,
     positions: Tensor,
     window: int,
     with_mass: bool,
 ) -> Output:
-    """Output [B, S, H, C] and, where asked for, mass [B, S, T]."""
-    batch, length, heads, channels = q.shape
+    """Output [B, S, H, C] and, where asked for, mass."""
     if entries is None or visible is None:
-        entries, visible = (
-            kv.new_zeros(batch, 0, channels),
-            positions.new_zeros(batch, length, 0, dtype=torch.bool),
-        )
+        entries, visible = kv.new_zeros(len(kv), 0, kv.shape[2]), Seen(positions, positions)
+    if isinstance(visible, Tensor):
+        everything = torch.zeros_like(positions), torch.full_like(positions, entries.shape[1])
+        visible = Seen(*everything, visible)
+    seen = visible
+    if _runs(q, kv, entries):
+        return _with_kernels(q, kv, entries, seen, sinks, positions, window, with_mass)
+    mask = seen.mask(entries.shape[1])
+    out, mass = _in_blocks(q, kv, entries, mask, sinks, positions, window, with_mass)
+    if mass is None or seen.chosen is None or seen.chosen.dtype == torch.bool:
+        return out, mass
+    at = torch.where(seen.chosen < 0, entries.shape[1], seen.chosen).long()
+    return out, F.pad(mass, (0, 1)).gather(2, at)
+
+
+def _runs(q: Tensor, kv: Tensor, entries: Tensor) -> bool:
+    """Whether the kernels take these."""
+    channels, dtypes = q.shape[-1], {q.dtype, kv.dtype, entries.dtype}
+    narrow = dtypes in ({torch.bfloat16}, {torch.float16})
+    return narrow and channels in (64, 128, 256, 512) and runs_kernels(q)
+
+
+def _with_kernels(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor,
+    seen: Seen,
+    sinks: Tensor,
+    positions: Tensor,
+    window: int,
+    with_mass: bool,
+) -> Output:
+    end = torch.arange(1, q.shape[1] + 1, device=q.device) + (kv.shape[1] - q.shape[1])
+    end = end.expand_as(positions) if window else torch.zeros_like(positions)
+    near = torch.stack((end - (positions + 1).clamp(max=window), end), dim=-1).int()  # [B, S, 2]
+    far, chosen = torch.stack((seen.first, seen.end), dim=-1).int(), seen.chosen
+    attended = chosen
+    if (
+        chosen is not None
+        and chosen.dtype == torch.int32
+        and entries.shape[1] <= GATHER_ABOVE * chosen.shape[2]
+    ):
+        attended = mask_of(chosen, entries.shape[1])
+    out, lse = shared_kv.forward(q, kv, near, entries, far, attended, sinks)
+    with torch.no_grad():
+        return out, shared_kv.entry_mass(q, entries, far, chosen, lse) if with_mass else None
+
+
+def _in_blocks(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor,
+    visible: Tensor,
+    sinks: Tensor,
+    positions: Tensor,
+    window: int,
+    with_mass: bool,
+) -> Output:
+    """Output [B, S, H, C] and, where asked for, mass [B, S, T]; beyond LOGIT_BUDGET blocks go in turn."""
+    batch, length, heads, _ = q.shape
     block = min(window, length) or min(128, length)
     blocks = -(-length // block)
     pad = blocks * block - length

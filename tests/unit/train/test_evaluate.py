@@ -12,6 +12,7 @@ from torch import Tensor
 
 import model.attention
 from model.init import initialize
+from model.kernels.attention import Seen
 from optim.config import OptimConfig
 from tests.tiny import documents, packed_batch, tiny_config, tiny_model
 from train import evaluate as evaluation
@@ -127,9 +128,10 @@ class Recorded:
         self.calls: list[tuple[Tensor, ...]] = []
         kernel = model.attention.shared_kv_attention
 
-        def record(*arguments: Tensor) -> Tensor:
-            self.calls.append(arguments)
-            return kernel(*arguments)  # type: ignore[arg-type]
+        def record(q: Tensor, kv: Tensor, entries: Tensor, seen: Seen, *rest: Any) -> Tensor:
+            mask = None if entries is None else seen.mask(entries.shape[1])
+            self.calls.append((q, kv, entries, mask, *rest))
+            return kernel(q, kv, entries, seen, *rest)
 
         monkeypatch.setattr(model.attention, "shared_kv_attention", record)
 

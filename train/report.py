@@ -20,6 +20,7 @@ from model.flops import count_parameters
 from model.model import ForCausalLM
 from model.precision import Precision
 from optim.groups import build_groups, group_rows
+from train.checkpoint import step_of
 from train.config import RunConfig, TrainConfig
 from train.engine import Engine
 from train.memory import Memory
@@ -124,7 +125,9 @@ class Report:
 
     def stopped(self, saved: Path | None, step: int) -> None:
         """A run that was asked to stop: what was kept and how to go on."""
-        self._line(f"stopped after step {step}, saved; go on with the same arguments and resume={saved}")
+        whole = saved is not None and step_of(saved) == step
+        kept = "saved" if whole else "not saved while routing is anticipated"  # `Recovery.postpone`
+        self._line(f"stopped after step {step}, {kept}; go on with the same arguments and resume={saved}")
 
     def resumed(self, saved: Path, changed: list[str]) -> None:
         """Where a run goes on, and which keys are not what they were."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.kernels import shared_kv, shared_kv_backward  # noqa: F401  registers the backward
-from model.kernels.gpu import runs_kernels
+from model.kernels.gpu import runs_untried
+from model.kernels.indexer import mask_of
 from model.norm import widen
 
 LOGIT_BUDGET = 1 << 28  # attention logits that a layer holds at once; beyond it backward recomputes them
@@ -43,12 +44,6 @@ class Seen(NamedTuple):
         return span & (self.chosen if self.chosen.dtype == torch.bool else mask_of(self.chosen, slots))
 
 
-def mask_of(chosen: Tensor, slots: int) -> Tensor:
-    """Indices [B, S, k], -1 for none -> bool [B, S, T]."""
-    mask = chosen.new_zeros(*chosen.shape[:2], slots + 1, dtype=torch.bool)
-    return mask.scatter(2, torch.where(chosen < 0, slots, chosen).long(), True)[..., :slots]
-
-
 def shared_kv_attention(
     q: Tensor,
     kv: Tensor,
@@ -66,8 +61,9 @@ def shared_kv_attention(
     attends to entries only. No [B, S, H, S] exists.
 
     On Hopper and newer bf16 and fp16 with 64 to 512 channels, a power of two, go through the kernels of
-    `shared_kv`. Gradients of selected entries that are gathered (GATHER_ABOVE) then are added up in no fixed
-    order, unless `torch.use_deterministic_algorithms` asks for the same bits every time.
+    `shared_kv`, with `model.kernels.gpu.UNTRIED`. Gradients of selected entries that are gathered
+    (GATHER_ABOVE) then are added up in no fixed order, unless `torch.use_deterministic_algorithms` asks for
+    the same bits every time.
     """
     return _attention(q, kv, entries, visible, sinks, positions, window, with_mass=False)[0]
 
@@ -122,7 +118,7 @@ def _runs(q: Tensor, kv: Tensor, entries: Tensor) -> bool:
     """Whether the kernels take these."""
     channels, dtypes = q.shape[-1], {q.dtype, kv.dtype, entries.dtype}
     narrow = dtypes in ({torch.bfloat16}, {torch.float16})
-    return narrow and channels in (64, 128, 256, 512) and runs_kernels(q)
+    return narrow and channels in (64, 128, 256, 512) and runs_untried(q)
 
 
 def _with_kernels(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.cast import INPUTS
-from model.kernels.gpu import jit, runs_kernels, tl
+from model.kernels.gpu import jit, runs_untried, tl
 
 
 class Setting(NamedTuple):
@@ -35,7 +35,7 @@ FORWARD, BACKWARD = Setting(), Setting(elements=2048, blocks=4)
 def runs(kv: Tensor, tokens: Tensor) -> bool:
     """Whether the kernels take kv [B, S, W] in windows of tokens [B, T, m]."""
     rate = tokens.shape[2]
-    return runs_kernels(kv) and kv.dtype in INPUTS and tokens.numel() > 0 and rate & (rate - 1) == 0
+    return runs_untried(kv) and kv.dtype in INPUTS and tokens.numel() > 0 and rate & (rate - 1) == 0
 
 
 @torch.library.custom_op("fourfold::gated_pool", mutates_args=())

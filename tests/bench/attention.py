@@ -33,7 +33,7 @@ from model.kernels import attention as module
 from model.kernels import shared_kv, shared_kv_backward
 from model.kernels.attention import Seen, attention_and_mass, shared_kv_attention
 from model.kernels.shared_kv import Setting
-from tests.bench.kernels import Row, _compared, _short, distance, milliseconds
+from tests.bench.kernels import Row, _short, compared, distance, milliseconds
 
 CHANNELS, WINDOW, SAMPLE = 512, 128, 64
 RATES = {"sliding": 0, "hca": 128}  # tokens for each entry; others 4
@@ -251,7 +251,7 @@ def tune(length: int, heads: int) -> Iterator[Row]:
         use(case)
         p = problem(case, length, heads)
         place: Any = shared_kv if hasattr(shared_kv, name) else shared_kv_backward
-        yield from _compared(f"{name.lower()} {case}", place, name, list(settings), call_of(name, p))
+        yield from compared(f"{name.lower()} {case}", place, name, list(settings), call_of(name, p))
 
 
 def call_of(name: str, p: Problem) -> Callable[[], Any]:

@@ -28,7 +28,7 @@ NAMES = ("output", "mass", "q", "kv", "entries", "sinks")
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "runs_kernels", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(module, "runs_untried", lambda x: x.dtype != torch.float64)
 
 
 class Case(NamedTuple):
@@ -154,7 +154,7 @@ def test_kernels(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, exact = results(case, DTYPE, DEVICE), results(case, torch.float64, DEVICE)
     if isinstance(case.chosen, int):
         assert calls[0].dtype == (torch.bool if way == "masked" else torch.int32)
-    monkeypatch.setattr(module, "runs_kernels", lambda x: False)
+    monkeypatch.setattr(module, "runs_untried", lambda x: False)
     reference = results(case, DTYPE, DEVICE)
     assert len(calls) == 1
     rounding = torch.finfo(DTYPE).eps / 4
@@ -197,7 +197,7 @@ def test_operators(chosen: str | int | None) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.chosen, int)], ids=str)
 def test_indices_are_masks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the reference: the same numbers, the mass taken at the indices."""
-    monkeypatch.setattr(module, "runs_kernels", lambda x: False)
+    monkeypatch.setattr(module, "runs_untried", lambda x: False)
     by_index = results(case, torch.float64, "cpu")
     _, seen, _, _ = inputs(case)
     mask = seen.mask(case.length // case.rate)

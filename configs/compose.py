@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.errors import ConfigError
 from configs.wording import as_written, explain, one_line, unknown_key, unreadable
 from model.config import ModelConfig
-from train.config import RunConfig, RunDirConfig
+from train.config import RunConfig
+from train.sections import RunDirConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent
 HELP = """\

@@ -27,9 +27,10 @@ from model.quant import FP4_BLOCK, FP8_BLOCK, Block, Quantised, dequantise, dequ
 from optim.partition import Piece
 from train import cli
 from train.checkpoint import Tensors, write
-from train.config import RunConfig, RunDirConfig
+from train.config import RunConfig
 from train.export import TOKENIZER, matrices, model_specs
 from train.resume import new_folder
+from train.sections import RunDirConfig
 
 FLOATS, INTEGERS = (torch.float32, torch.bfloat16, torch.float16), (torch.int64, torch.int32)
 FP4, SCALES = (torch.int8, torch.uint8), (torch.float8_e8m0fnu, torch.float32)

@@ -13,12 +13,12 @@ from configs.compose import compose
 from configs.errors import ConfigError
 from model.precision import products
 from train import cli
-from train.config import PrecisionConfig
 from train.memory import GIB, predict
 from train.memory import table as memory_table
 from train.parallel.volume import volume
 from train.ranks import Ranks
 from train.run import bucket_bytes, mesh_of
+from train.sections import PrecisionConfig
 
 HELP = """\
 What a run will need and send, from shapes alone: python -m train.plan ranks=N [KEY=VALUE ...]

@@ -21,11 +21,12 @@ from model.model import ForCausalLM
 from model.precision import Precision
 from optim.groups import build_groups, group_rows
 from train.checkpoint import step_of
-from train.config import RunConfig, TrainConfig
+from train.config import RunConfig
 from train.engine import Engine
 from train.memory import Memory
 from train.memory import table as memory_table
 from train.phases import CHANGES
+from train.sections import TrainConfig
 
 
 class Report:

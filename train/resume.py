@@ -16,8 +16,9 @@ from configs.compose import from_yaml
 from configs.errors import ConfigError
 from model.config import ModelConfig
 from train import checkpoint
-from train.config import RunConfig, RunDirConfig
+from train.config import RunConfig
 from train.metrics import keep_until
+from train.sections import RunDirConfig
 from train.spikes import keep_spikes, read_spikes, rollbacks
 
 BEGUN = "fourfold/run"  # the run that a job has begun, in torchrun's store, which outlives its processes

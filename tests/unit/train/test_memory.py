@@ -24,12 +24,13 @@ from model.model import ForCausalLM
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, tiny_config
 from train import recompute
-from train.config import ParallelConfig, PrecisionConfig, RunConfig
+from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.loop import loss_weights
 from train.memory import WORKSPACES, Memory, Tracker, micro_batch_peak, predict, refuse_if_too_large, table
 from train.parallel.mesh import Mesh, build_mesh
 from train.ranks import Ranks
+from train.sections import ParallelConfig, PrecisionConfig
 
 QUICK: dict[str, Any] = {"num_nextn_predict_layers": 0, "hc_sinkhorn_iters": 1}
 LENGTH = 160  # ids of two rows fill blocks of 512 bytes

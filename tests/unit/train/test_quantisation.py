@@ -16,10 +16,11 @@ from model.precision import Precision
 from model.quant import FP8_BLOCK, FP8_TILE, dequantise_fp4, quantise_fp8, round_fp4
 from optim.partition import is_expert
 from tests.unit.train.test_engine import ALONE, load, run_config, uneven_batch
-from train.config import PrecisionConfig, RunConfig
+from train.config import RunConfig
 from train.engine import TorchEngine
 from train.loop import train_step
 from train.quantisation import fp4_metrics, fp4_statistics, fp8_metrics, fp8_statistics
+from train.sections import PrecisionConfig
 
 FP4 = Precision(fp4_experts=True)
 

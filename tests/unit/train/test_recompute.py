@@ -19,11 +19,11 @@ from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
 from tests.unit.train.test_engine import ALONE, run_config, uneven_batch
 from train import recompute
-from train.config import ParallelConfig
 from train.engine import Batch, Engine, TorchEngine, compile_hot_parts
 from train.loop import train_step
 from train.ranks import Ranks
 from train.run import build_engine, make_mesh
+from train.sections import ParallelConfig
 
 LENGTH = 160
 BATCH = packed_batch([[140, 13], [5, 60, 41, 2]], LENGTH, depth=2)

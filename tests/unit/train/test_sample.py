@@ -14,7 +14,7 @@ from model.quant import round_fp4
 from tests.tiny import tiny_model
 from tests.unit.train.test_export import CONFIG, TEXTS, Saved, call, config_of_run, save, tokenizer_json
 from train import export, sample
-from train.config import PrecisionConfig
+from train.sections import PrecisionConfig
 
 PROMPT = "".join(TEXTS) * 10  # beyond the sliding window (16) and two windows of HCA (128)
 

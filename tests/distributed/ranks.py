@@ -1,13 +1,21 @@
-"""Run a function of a test module in several processes that form a gloo group."""
+"""Run a function of a test module in several processes that form a gloo (or NCCL) group."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing import forkserver, get_context
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 300  # seconds that ranks may take
+forks = get_context("forkserver")
+forks.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx", "train.zero", "train.run"])
 
 
 def spawn(
@@ -15,51 +23,88 @@ def spawn(
 ) -> list[str]:
     """Outputs of `module.function(ranks, *arguments)` on every rank; fails if any of them does.
 
-    Ranks meet through a file in `folder`, so that tests that run at once need no ports.
+    Ranks meet through a file in `folder`, so that tests that run at once need no ports. On a CPU they are
+    forks of a process that has imported what takes seconds to import.
     """
-    code = (
-        "import sys, importlib\n"
-        "from tests.distributed.ranks import joined\n"
-        f"getattr(importlib.import_module({module!r}), {function!r})(joined({device!r}), *sys.argv[1:])\n"
-    )
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    place = f"{function}-{world}-{len(list(folder.iterdir()))}"
     environment = {
-        **os.environ,
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(world),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "RENDEZVOUS": str(folder / f"rendezvous-{place}"),
     }
-    environment["RENDEZVOUS"] = str(folder / f"rendezvous-{function}-{world}-{len(list(folder.iterdir()))}")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
+    start = _fork if device == "cpu" else _begin
+    job = module, function, device, *arguments
+    logs = [folder / f"output-{place}-{rank}.txt" for rank in range(world)]
+    waits = [
+        start({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log, job)
+        for rank, log in enumerate(logs)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    failed = [out for process, out in zip(processes, outputs, strict=True) if process.returncode]
+    codes = [wait() for wait in waits]
+    outputs = [log.read_text(errors="replace") for log in logs]
+    failed = [out for code, out in zip(codes, outputs, strict=True) if code != 0]
     failed.sort(key=lambda out: "Connection closed" in out or "Connection reset" in out)  # these follow
     assert not failed, failed[0][-3000:]
     return outputs
 
 
-def joined(device: str):
-    """This process's Ranks, until it ends; on GPUs each has one of its own."""
-    import atexit
+def _fork(environment: dict[str, str], log: Path, job: tuple[str, ...]) -> Callable[[], int | None]:
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path()}):
+        forkserver.ensure_running()  # and imports, the first time
+    process = forks.Process(target=_forked, args=(environment, log, job), daemon=True)
+    process.start()
 
+    def wait() -> int | None:
+        process.join(TIMEOUT)
+        process.kill()  # if it is still there
+        return process.exitcode
+
+    return wait
+
+
+def _forked(environment: dict[str, str], log: Path, job: tuple[str, ...]) -> None:
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    main(job)
+    sys.stdout.flush()
+
+
+def _begin(environment: dict[str, str], log: Path, job: tuple[str, ...]) -> Callable[[], int | None]:
+    """A process of its own: CUDA does not survive a fork."""
+    environment = {**os.environ, **environment, "PYTHONPATH": _path()}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.ranks", *job],
+            env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    return lambda: process.wait(TIMEOUT)
+
+
+def _path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def main(job: tuple[str, ...]) -> None:
+    """Call a function as one of the ranks: module, function, device, arguments."""
+    import torch.distributed as dist
+
+    module, function, device, *arguments = job
+    try:
+        getattr(importlib.import_module(module), function)(joined(device), *arguments)
+    finally:
+        if dist.is_initialized():  # gloo's threads, left running, abort the process now and then
+            dist.destroy_process_group()
+
+
+def joined(device: str) -> Any:
+    """This process's Ranks; on GPUs each has one of its own."""
     import torch.distributed as dist
 
     from train.ranks import join
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    atexit.register(
-        dist.destroy_process_group
-    )  # gloo's threads, left running, abort the process now and then
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=f"file://{os.environ['RENDEZVOUS']}",
@@ -67,3 +112,7 @@ def joined(device: str):
         world_size=world,
     )
     return join(device)
+
+
+if __name__ == "__main__":
+    main(tuple(sys.argv[1:]))

@@ -6,6 +6,7 @@ Under `torchrun` every process is one rank; of those that fail, one says why (tr
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     """Exit code: 0 done, or stopped by SIGTERM or SIGUSR1 and saved; 2 for a mistake in configuration or data
     (one line), 130 when interrupted."""
     if {"-h", "--help"} & set(argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word
         print(help_text())
         return 0
     try:

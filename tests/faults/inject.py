@@ -84,7 +84,10 @@ class Injector:
             self._pending[fault] -= 1
             return False
         del self._pending[fault]
-        mark_of(fault, self._marks).write_text(str(self._step))
+        mark = mark_of(fault, self._marks)
+        draft = mark.with_name(f"{mark.name}.draft")
+        draft.write_text(str(self._step))
+        draft.replace(mark)  # another rank reads it as soon as it is there
         getattr(self, f"_{fault.kind.replace('-', '_')}")(fault)
         return fault.kind == "nan"
 

@@ -30,7 +30,9 @@ def attention_of(rows: list[list[int]], length: int, **changes: Any) -> tuple[An
     config = tiny_config("c", 0, **changes)
     attention = tiny_model(config).double().get_submodule("layers.0.self_attn")
     batch = packed_batch(rows, length)
-    x = torch.randn(len(rows), length, config.hidden_size, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(rows), length, config.hidden_size, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
     return attention, build_layout(config, batch["position_ids"], batch["document_ids"]), x
 
 

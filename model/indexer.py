@@ -50,7 +50,10 @@ class Indexer(nn.Module):
 
     def forward(self, x: Tensor, q_latent: Tensor, slots: Slots, rotation: Rotation) -> Tensor:
         """x [B, S, D], q_latent [B, S, q_lora_rank] -> mask [B, S, T] of the selected visible entries."""
-        return self.select(self.compare(x, q_latent, slots, rotation), slots)
+        chosen = self.select(self.compare(x, q_latent, slots, rotation), slots)
+        if chosen is None:
+            return slots.visible()
+        return chosen if chosen.dtype == torch.bool else mask_of(chosen, slots.order.shape[1])
 
     def compare(self, x: Tensor, q_latent: Tensor, slots: Slots, rotation: Rotation) -> Compared:
         """Queries, keys and head weights; rounded where it compares in FP4."""
@@ -64,15 +67,14 @@ class Indexer(nn.Module):
             q, k = rotated_fp4(q), rotated_fp4(k)
         return Compared(q, k, weights)
 
-    def select(self, compared: Compared, slots: Slots) -> Tensor:
-        """Mask [B, S, T] of the top-k visible entries."""
+    def select(self, compared: Compared, slots: Slots) -> Tensor | None:
+        """The top-k visible entries of each query: a mask [B, S, T], or where kernels run indices int32
+        [B, S, k], ascending, -1 for none after them. None: there are no more than k slots."""
+        if compared.k.shape[1] <= self.topk:
+            return None
         if runs(compared.q, compared.k):
-            return mask_of(self.select_indices(compared, slots), compared.k.shape[1])
+            return select_indices(*compared, slots.first, slots.end, self.topk, self.ranked_in)
         return select_entries(*compared, slots.visible(), self.topk, self.ranked_in)
-
-    def select_indices(self, compared: Compared, slots: Slots) -> Tensor:
-        """The same as indices int32 [B, S, min(topk, T)], ascending, -1 for none after them."""
-        return select_indices(*compared, slots.first, slots.end, self.topk, self.ranked_in)
 
     @property
     def ranked_in(self) -> torch.dtype:

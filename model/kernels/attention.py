@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.kernels import shared_kv, shared_kv_backward  # noqa: F401  registers the backward
-from model.kernels.gpu import runs_untried
+from model.kernels.gpu import runs_kernels
 from model.kernels.indexer import mask_of
 from model.norm import widen
 
 LOGIT_BUDGET = 1 << 28  # attention logits that a layer holds at once; beyond it backward recomputes them
-GATHER_ABOVE = 4  # slots for each selected entry, beyond which kernels gather instead of masking
+GATHER_ABOVE = 1  # slots for each selected entry, beyond which kernels gather instead of masking
 Output = tuple[Tensor, Tensor | None]  # of blocks of queries: [B, n, W, H, C] and the mass [B, n, W, T]
 
 
@@ -61,7 +61,7 @@ def shared_kv_attention(
     attends to entries only. No [B, S, H, S] exists.
 
     On Hopper and newer bf16 and fp16 with 64 to 512 channels, a power of two, go through the kernels of
-    `shared_kv`, with `model.kernels.gpu.UNTRIED`. Gradients of selected entries that are gathered
+    `shared_kv`. Gradients of selected entries that are gathered
     (GATHER_ABOVE) then are added up in no fixed order, unless `torch.use_deterministic_algorithms` asks for
     the same bits every time.
     """
@@ -118,7 +118,7 @@ def _runs(q: Tensor, kv: Tensor, entries: Tensor) -> bool:
     """Whether the kernels take these."""
     channels, dtypes = q.shape[-1], {q.dtype, kv.dtype, entries.dtype}
     narrow = dtypes in ({torch.bfloat16}, {torch.float16})
-    return narrow and channels in (64, 128, 256, 512) and runs_untried(q)
+    return narrow and channels in (64, 128, 256, 512) and runs_kernels(q)
 
 
 def _with_kernels(

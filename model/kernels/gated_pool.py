@@ -17,25 +17,25 @@ import torch
 from torch import Tensor
 
 from model.kernels.cast import INPUTS
-from model.kernels.gpu import jit, runs_untried, tl
+from model.kernels.gpu import jit, runs_kernels, tl
 
 
 class Setting(NamedTuple):
     """How work is cut up; tests/bench/indexer.py --tune compares settings."""
 
-    elements: int = 4096  # of a half of the windows held at once
+    elements: int = 8192  # of a half of the windows held at once
     channels: int = 64
     blocks: int = 1  # of windows, one after the other: the bias' gradient is one part of all
-    warps: int = 8
+    warps: int = 4
 
 
-FORWARD, BACKWARD = Setting(), Setting(elements=2048, blocks=4)
+FORWARD, BACKWARD = Setting(), Setting()
 
 
 def runs(kv: Tensor, tokens: Tensor) -> bool:
     """Whether the kernels take kv [B, S, W] in windows of tokens [B, T, m]."""
     rate = tokens.shape[2]
-    return runs_untried(kv) and kv.dtype in INPUTS and tokens.numel() > 0 and rate & (rate - 1) == 0
+    return runs_kernels(kv) and kv.dtype in INPUTS and tokens.numel() > 0 and rate & (rate - 1) == 0
 
 
 @torch.library.custom_op("fourfold::gated_pool", mutates_args=())

@@ -19,7 +19,6 @@ try:
 except ImportError:
     triton = tl = None  # type: ignore[assignment]
 
-UNTRIED = False  # whether kernels are used that have not run on a GPU yet: attention, the indexer, pooling
 TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
 
 
@@ -36,11 +35,6 @@ def jit(kernel: Callable[..., Any] | None = None, varying: tuple[str, ...] = ())
 def runs_kernels(x: Tensor) -> bool:
     """Whether x is on a GPU whose tensor cores multiply FP8 as these kernels do: Hopper or newer."""
     return x.is_cuda and triton is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-def runs_untried(x: Tensor) -> bool:
-    """The same of kernels that were compiled and interpreted only."""
-    return UNTRIED and runs_kernels(x)
 
 
 def tiles(size: int) -> int:

@@ -50,10 +50,10 @@ class Setting(NamedTuple):
     stages: int  # tiles in flight
 
 
-SELECTED = Setting(64, 4, 3)  # scores of selected entries
-OF_QUERIES = Setting(64, 4, 2)  # dq and dw in dense attention
-OF_SELECTED = Setting(64, 8, 2)  # dq, dw and rows of dk where entries are selected
-OF_KEYS = Setting(128, 8, 3)  # dk in dense attention; ptxas serialises its products with some others
+SELECTED = Setting(128, 8, 3)  # scores of selected entries
+OF_QUERIES = Setting(64, 4, 3)  # dq and dw in dense attention
+OF_SELECTED = Setting(64, 8, 3)  # dq, dw and rows of dk where entries are selected
+OF_KEYS = Setting(128, 4, 3)  # dk in dense attention; ptxas serialises its products with some others
 
 
 def hull(attended: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, runs_untried, tl
+from model.kernels.gpu import jit, runs_kernels, tl
 
 SCORES_AT_ONCE = 1 << 26  # scores in memory at a time
 WIDEST = 1 << 18  # slots of a query that one program looks at
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     """How scores are cut up; tests/bench/indexer.py --tune compares settings."""
 
     entries: int = 128  # of a tile of keys
-    queries: int = 64  # that a program goes through
+    queries: int = 32  # that a program goes through
     together: int = 2  # queries in one product
     warps: int = 8
     stages: int = 2  # tiles of queries in flight
@@ -43,7 +43,7 @@ def runs(q: Tensor, k: Tensor) -> bool:
     """Whether the kernels take these queries [B, S, h, c] and keys [B, T, c]."""
     sizes = q.shape[2], q.shape[3]
     shaped = all(size >= 16 and size & (size - 1) == 0 for size in sizes) and sizes[1] <= 128
-    return runs_untried(q) and q.dtype == k.dtype == torch.bfloat16 and shaped and 0 < k.shape[1] <= WIDEST
+    return runs_kernels(q) and q.dtype == k.dtype == torch.bfloat16 and shaped and 0 < k.shape[1] <= WIDEST
 
 
 def power_of_two_from(size: int) -> int:

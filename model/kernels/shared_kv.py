@@ -40,8 +40,8 @@ class Setting(NamedTuple):
     stages: int  # tiles of what is loaded in a loop, in flight
 
 
-FORWARD, GATHERED_FORWARD = Setting(64, 32, 8, 3), Setting(64, 64, 8, 2)
-MASS, GATHERED_MASS = Setting(128, 32, 8, 2), Setting(64, 64, 8, 2)
+FORWARD, GATHERED_FORWARD = Setting(64, 64, 8, 2), Setting(64, 64, 8, 2)
+MASS, GATHERED_MASS = Setting(128, 64, 8, 1), Setting(64, 64, 8, 2)
 
 
 def constants_of(q: Tensor, chosen: Tensor | None, setting: Setting) -> dict[str, int]:

@@ -36,7 +36,7 @@ from model.kernels.shared_kv import (
     span_of,
 )
 
-DQ = Setting(64, 32, 8, 2)
+DQ = Setting(64, 64, 8, 1)
 DKV = Setting(32, 64, 8, 2)
 GATHERED = Setting(64, 64, 8, 1)
 PROGRAMS = 1024  # that gradients of keys are cut into, at least, where there are so many rows

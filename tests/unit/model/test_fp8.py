@@ -192,7 +192,7 @@ def test_the_indexer_ranks_rotated_fp4_in_bf16() -> None:
     batch = packed_batch([[96]], 96)
     found: list[Tensor] = []
     indexer = next(m for m in model.modules() if isinstance(m, Indexer))
-    indexer.select = partial(note, found, indexer.select)  # type: ignore[method-assign]
+    indexer.select = partial(note, found, indexer.select)  # type: ignore[method-assign, arg-type]
     for fp4 in (False, True):
         model.use(Precision(fp4_indexer=fp4))
         model(**batch)

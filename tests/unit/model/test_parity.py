@@ -152,9 +152,8 @@ def test_logits_and_every_gradient(
 def assert_clear_choices(margins: Margins, config: ModelConfig, length: int) -> None:
     """Every choice is far clearer than fp32's rounding, and there were choices to make."""
     sparse = config.layer_types.count("compressed_sparse_attention")
-    assert len(margins.indexer) == sparse
-    if sparse and length // 4 > config.index_topk:
-        assert all(len(gaps) == 2 * (length + 1 - 4 * (config.index_topk + 1)) for gaps in margins.indexer)
+    assert len(margins.indexer) == (sparse if length // 4 > config.index_topk else 0)
+    assert all(len(gaps) == 2 * (length + 1 - 4 * (config.index_topk + 1)) for gaps in margins.indexer)
     for gaps in margins.indexer + margins.router:
         assert gaps.numel() == 0 or gaps.min() > TOLERANCE, gaps.min()
 

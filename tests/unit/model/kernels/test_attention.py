@@ -28,7 +28,7 @@ NAMES = ("output", "mass", "q", "kv", "entries", "sinks")
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "runs_untried", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(module, "runs_kernels", lambda x: x.dtype != torch.float64)
 
 
 class Case(NamedTuple):
@@ -126,7 +126,7 @@ def results(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
 @pytest.fixture(params=["masked", "gathered", "repeatable"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How kernels read selected entries."""
-    monkeypatch.setattr(module, "GATHER_ABOVE", 1000 if request.param == "masked" else 0)
+    monkeypatch.setattr(module, "GATHER_ABOVE", 1000 if request.param == "masked" else -1)
     monkeypatch.setattr(shared_kv_backward, "PARTIAL_BYTES", 1 << 13)  # several chunks
     usual = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(request.param == "repeatable", warn_only=True)
@@ -139,7 +139,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_kernels(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most half as far again from fp64 as the reference in the same dtype, and a quarter of its epsilon.
 
-    With large logits that half is needed: delta is taken from the rounded output.
+    With large logits that half is needed, and for sinks, whose gradient is all of it, a whole epsilon: delta
+    is taken from the rounded output.
     """
     if way != "masked" and not isinstance(case.chosen, int):
         pytest.skip("nothing to gather")
@@ -154,13 +155,14 @@ def test_kernels(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, exact = results(case, DTYPE, DEVICE), results(case, torch.float64, DEVICE)
     if isinstance(case.chosen, int):
         assert calls[0].dtype == (torch.bool if way == "masked" else torch.int32)
-    monkeypatch.setattr(module, "runs_untried", lambda x: False)
+    monkeypatch.setattr(module, "runs_kernels", lambda x: False)
     reference = results(case, DTYPE, DEVICE)
     assert len(calls) == 1
     rounding = torch.finfo(DTYPE).eps / 4
     for name, a, b, wanted in zip(NAMES, ours, reference, exact):
         assert a.shape == wanted.shape and a.isfinite().all(), name
-        assert relative(a, wanted) <= 1.5 * relative(b, wanted) + rounding, name
+        allowed = 1.5 * relative(b, wanted) + (4 if name == "sinks" else 1) * rounding
+        assert relative(a, wanted) <= allowed, name
 
 
 @pytest.mark.gpu
@@ -197,7 +199,7 @@ def test_operators(chosen: str | int | None) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.chosen, int)], ids=str)
 def test_indices_are_masks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the reference: the same numbers, the mass taken at the indices."""
-    monkeypatch.setattr(module, "runs_untried", lambda x: False)
+    monkeypatch.setattr(module, "runs_kernels", lambda x: False)
     by_index = results(case, torch.float64, "cpu")
     _, seen, _, _ = inputs(case)
     mask = seen.mask(case.length // case.rate)

@@ -123,7 +123,8 @@ def check(inputs: tuple[Tensor, ...], deterministic: bool, device: str) -> None:
         ours = loss_and_gradients(by_kernels, *(x.to(device) for x in operands))
     finally:
         torch.use_deterministic_algorithms(False)
-    for found, near, wanted in zip(ours, reference, exact, strict=True):
+    assert abs(float(ours[0]) - float(exact[0])) <= 1e-6 * float(exact[0]) + 1e-6 * inputs[-1].numel()
+    for found, near, wanted in zip(ours[1:], reference[1:], exact[1:], strict=True):
         assert found.dtype == near.dtype and found.shape == near.shape
         assert distance(found, wanted) <= FACTOR * distance(near, wanted) + 2e-6
 

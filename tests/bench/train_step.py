@@ -5,9 +5,8 @@
 A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer step. Both sides: bf16
 compute, uniformly random tokens, learned routing (nothing forced), no MTP (transformers has none), weights
 drawn by each side's own initialisation, the same process, one after the other. Fourfold: TorchEngine with
-fp32 masters, Muon, balance loss and bias update. transformers: eager attention, grouped_mm experts and
-fused AdamW on bf16
-weights. Times are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16
+fp32 masters, Muon, balance loss and bias update; `--reference` adds it with torch's operations in place of
+our kernels. transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16
 peak with `model.flops` for both.
 """
 
@@ -25,6 +24,7 @@ import torch
 from configs.compose import compose
 from model.flops import training_flops_per_token
 from model.init import initialize
+from model.kernels import gpu
 from model.model import ForCausalLM
 from train.config import RunConfig
 from train.engine import TorchEngine
@@ -74,6 +74,15 @@ def fourfold(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str,
     return timed(lambda i: train_step(engine, batches[i % 4], config, i, Ranks(0, 1, CUDA)), warmup, steps)
 
 
+def reference(*arguments: Any) -> dict[str, float]:
+    """`fourfold` on a machine without Triton."""
+    present, gpu.triton = gpu.triton, None
+    try:
+        return fourfold(*arguments)
+    finally:
+        gpu.triton = present
+
+
 def peer(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, float]:
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -108,6 +117,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--reference", action="store_true", help="also without our kernels")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
@@ -124,15 +134,19 @@ def main() -> None:
             ]
         )
         flops = training_flops_per_token(config.model, args.seq_len, indexer_trains=config.indexer_loss).total
-        sides = [("fourfold", fourfold)] + ([] if args.no_peer else [("transformers", peer)])
-        for name, side in sides:
+        sides: dict[str, Callable[..., dict[str, float]]] = {"fourfold": fourfold}
+        if args.reference:
+            sides["fourfold without kernels"] = reference
+        if not args.no_peer:
+            sides["transformers"] = peer
+        for name, side in sides.items():
             result: dict[str, Any] = {
                 "side": name,
                 "model": args.model,
                 "seq_len": args.seq_len,
                 "batch": rows,
             }
-            result |= {"accumulate": args.accumulate, "compile": args.compile and name == "fourfold"}
+            result |= {"accumulate": args.accumulate, "compile": args.compile and name != "transformers"}
             result |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
             try:
                 result |= side(config, rows * args.accumulate, args.warmup, args.steps)
@@ -141,6 +155,7 @@ def main() -> None:
             except torch.OutOfMemoryError:
                 result["error"] = "out of memory"
             torch.cuda.empty_cache()
+            torch.compiler.reset()
             line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
             print(line, flush=True)
             if args.out:

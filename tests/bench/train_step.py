@@ -2,12 +2,13 @@
 
     python -m tests.bench.train_step --model ref_1b7 --seq-len 4096 --batch 1 2 [--compile] [--no-peer]
 
-A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer step. Both sides: bf16
+A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer step. All sides: bf16
 compute, uniformly random tokens, learned routing (nothing forced), no MTP (transformers has none), weights
 drawn by each side's own initialisation, the same process, one after the other. Fourfold: TorchEngine with
 fp32 masters, Muon, balance loss and bias update; `--reference` adds it with torch's operations in place of
-our kernels. transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16
-peak with `model.flops` for both.
+our kernels. transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times are
+medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16 peak with
+`model.flops` for all.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def _attention(
 ) -> Output:
     """Output [B, S, H, C] and, where asked for, mass."""
     if entries is None or visible is None:
-        entries, visible = kv.new_zeros(len(kv), 0, kv.shape[2]), Seen(positions, positions)
+        nothing = torch.zeros_like(positions)
+        entries, visible = kv.new_zeros(len(kv), 0, kv.shape[2]), Seen(nothing, nothing)
     if isinstance(visible, Tensor):
         everything = torch.zeros_like(positions), torch.full_like(positions, entries.shape[1])
         visible = Seen(*everything, visible)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.kernels import attention as module
 from model.kernels import shared_kv, shared_kv_backward
-from model.kernels.attention import Seen, attention_and_mass
+from model.kernels.attention import Seen, attention_and_mass, shared_kv_attention
 from model.kernels.gpu import triton
 from tests.tiny import relative
 
@@ -24,6 +24,7 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE, DTYPE = ("cpu", torch.float16) if INTERPRETED else ("cuda", torch.bfloat16)
 with_kernels: Any = pytest.mark.usefixtures("kernels") if INTERPRETED else pytest.mark.gpu
 NAMES = ("output", "mass", "q", "kv", "entries", "sinks")
+ALONE = ("output", "q", "kv", "sinks")  # without entries
 
 
 @pytest.fixture
@@ -53,6 +54,7 @@ CASES = [
     Case([33], 33, rate=1, window=0),
     Case([3], 3, chosen=8),  # top-k > T = 0
     Case([1], 1),
+    Case([37], 37, rate=100),  # no entries: a window alone
     Case([40], 30, halo=True, rate=2, chosen=20),
     Case([25], 25, heads=70, rate=1, chosen=9),
     Case([25], 25, heads=64, rate=2, chosen="mask"),
@@ -62,6 +64,7 @@ CASES = [
 ]
 ON_GPU = [
     Case([700, 1, 300], 1500, heads=64, channels=512, window=128),
+    Case([700, 1, 300], 1500, heads=8, channels=512, window=128, rate=2000),
     Case([700, 1, 300], 1500, heads=64, channels=512, window=128, chosen=64),
     Case([700, 1, 300], 1500, heads=32, channels=512, window=128, chosen="mask", batch=2),
     Case([1000], 1000, heads=128, channels=512, window=128, chosen=100),
@@ -110,7 +113,7 @@ def some_indices(visible: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def results(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Output, mass and all gradients."""
+    """Output, mass and all gradients; without entries those that are left."""
     tensors, seen, positions, grad = inputs(case)
     tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
     if dtype != torch.float64:
@@ -118,6 +121,9 @@ def results(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     chosen = None if seen.chosen is None else seen.chosen.to(device)
     seen = Seen(seen.first.to(device), seen.end.to(device), chosen)
     q, kv, entries, sinks = tensors.values()
+    if not entries.shape[1] and seen.chosen is None:
+        out = shared_kv_attention(q, kv, None, None, sinks, positions.to(device), case.window)
+        return out, *torch.autograd.grad(out, (q, kv, sinks), grad.to(device, dtype))
     out, mass = attention_and_mass(q, kv, entries, seen, sinks, positions.to(device), case.window)
     assert out.dtype == dtype and not mass.requires_grad
     return out, mass, *torch.autograd.grad(out, (q, kv, entries, sinks), grad.to(device, dtype))
@@ -159,7 +165,7 @@ def test_kernels(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = results(case, DTYPE, DEVICE)
     assert len(calls) == 1
     rounding = torch.finfo(DTYPE).eps / 4
-    for name, a, b, wanted in zip(NAMES, ours, reference, exact):
+    for name, a, b, wanted in zip(NAMES if len(ours) == 6 else ALONE, ours, reference, exact, strict=True):
         assert a.shape == wanted.shape and a.isfinite().all(), name
         allowed = 1.5 * relative(b, wanted) + (4 if name == "sinks" else 1) * rounding
         assert relative(a, wanted) <= allowed, name

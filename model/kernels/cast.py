@@ -27,6 +27,7 @@ from model.kernels.gpu import (
     group_of_slot,
     jit,
     magnitude,
+    operator,
     power_of_two,
     power_of_two_of,
     runs_kernels,
@@ -121,7 +122,7 @@ def groups_of(offsets: Tensor | None) -> tuple[int, int]:
     return count, power_of_two_of(max(count, 1))
 
 
-@torch.library.custom_op("fourfold::cast_activation", mutates_args=())
+@operator("cast_activation")
 def _cast_activation(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     parts = empty_activations(x, rows, columns, offsets)
@@ -134,12 +135,12 @@ def _cast_activation(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor,
     return parts
 
 
-@_cast_activation.register_fake
+@torch.library.register_fake("fourfold::cast_activation")
 def _(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_activations(x, x.shape[0], x.shape[1], offsets)
 
 
-@torch.library.custom_op("fourfold::cast_weight", mutates_args=())
+@operator("cast_weight")
 def _cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = _empty_weights(weight)
     if weight.numel():
@@ -149,7 +150,7 @@ def _cast_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return parts
 
 
-@_cast_weight.register_fake
+@torch.library.register_fake("fourfold::cast_weight")
 def _empty_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values [..., O, I], scales [..., ceil(O / 128), ceil(I / 128)], and both transposed."""
     *stack, rows, columns = weight.shape
@@ -161,7 +162,7 @@ def _empty_weights(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("fourfold::fp4_values", mutates_args=())
+@operator("fp4_values")
 def _fp4_values(master: Tensor, dtype: torch.dtype) -> Tensor:
     out = _empty_fp4(master, dtype)
     if master.numel():
@@ -173,7 +174,7 @@ def _fp4_values(master: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@_fp4_values.register_fake
+@torch.library.register_fake("fourfold::fp4_values")
 def _empty_fp4(master: Tensor, dtype: torch.dtype) -> Tensor:
     return master.new_empty(master.shape, dtype=dtype)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.cast import INPUTS
-from model.kernels.gpu import jit, runs_kernels, tl
+from model.kernels.gpu import jit, operator, runs_kernels, tl
 
 
 class Setting(NamedTuple):
@@ -38,7 +38,7 @@ def runs(kv: Tensor, tokens: Tensor) -> bool:
     return runs_kernels(kv) and kv.dtype in INPUTS and tokens.numel() > 0 and rate & (rate - 1) == 0
 
 
-@torch.library.custom_op("fourfold::gated_pool", mutates_args=())
+@operator("gated_pool")
 def pool(kv: Tensor, gate: Tensor, bias: Tensor, tokens: Tensor, chained: Tensor | None) -> Tensor:
     kv, gate, bias, tokens = (x.contiguous() for x in (kv, gate, bias, tokens))
     out = _empty_entries(kv, gate, bias, tokens, chained)
@@ -48,12 +48,12 @@ def pool(kv: Tensor, gate: Tensor, bias: Tensor, tokens: Tensor, chained: Tensor
     return out
 
 
-@pool.register_fake
+@torch.library.register_fake("fourfold::gated_pool")
 def _empty_entries(kv: Tensor, gate: Tensor, bias: Tensor, tokens: Tensor, chained: Tensor | None) -> Tensor:
     return kv.new_empty(*tokens.shape[:2], kv.shape[2] // (1 if chained is None else 2))
 
 
-@torch.library.custom_op("fourfold::gated_pool_backward", mutates_args=())
+@operator("gated_pool_backward")
 def pool_backward(
     grad: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, tokens: Tensor, chained: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ def pool_backward(
     return dkv, dgate, parts.flatten(0, 1).sum(0).to(bias.dtype)
 
 
-@pool_backward.register_fake
+@torch.library.register_fake("fourfold::gated_pool_backward")
 def _(
     grad: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, tokens: Tensor, chained: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     return *pool_backward(grad, *ctx.saved_tensors), None, None
 
 
-pool.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("fourfold::gated_pool", _backward, setup_context=_save)
 
 
 def _cut(

@@ -7,7 +7,7 @@ functions compute what their torch references say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ try:
 except ImportError:
     triton = tl = None  # type: ignore[assignment]
 
+LIBRARY = torch.library.Library("fourfold", "FRAGMENT")  # our operators
 TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
 
 
@@ -32,9 +33,29 @@ def jit(kernel: Callable[..., Any] | None = None, varying: tuple[str, ...] = ())
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=varying)
 
 
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make of a function the operator `fourfold::name`, which neither changes nor returns its arguments.
+
+    `torch.library.custom_op` does the same and checks at every call, which takes longer than small kernels.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = name + torch.library.infer_schema(function, mutates_args=())
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.fourfold, name).default
+
+    return register
+
+
 def runs_kernels(x: Tensor) -> bool:
     """Whether x is on a GPU whose tensor cores multiply FP8 as these kernels do: Hopper or newer."""
-    return x.is_cuda and triton is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return x.is_cuda and triton is not None and _is_hopper(x.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def tiles(size: int) -> int:

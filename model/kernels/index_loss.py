@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, tl
+from model.kernels.gpu import jit, operator, tl
 from model.kernels.index_select import (
     SCORES_AT_ONCE,
     load_keys,
@@ -63,7 +63,7 @@ def hull(attended: Tensor) -> tuple[Tensor, Tensor]:
     return flags.argmax(-1).int(), end.int()
 
 
-@torch.library.custom_op("fourfold::index_divergence", mutates_args=())
+@operator("index_divergence")
 def index_divergence(
     q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +93,7 @@ def index_divergence(
     return losses, slopes, first, end
 
 
-@index_divergence.register_fake
+@torch.library.register_fake("fourfold::index_divergence")
 def _empty_divergence(
     q: Tensor, k: Tensor, weights: Tensor, mass: Tensor, attended: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +114,7 @@ def _write_selected(
     )  # fmt: skip
 
 
-@torch.library.custom_op("fourfold::index_divergence_backward", mutates_args=())
+@operator("index_divergence_backward")
 def index_divergence_backward(
     grad: Tensor,
     q: Tensor,
@@ -146,7 +146,7 @@ def index_divergence_backward(
     return found[0], dk.to(k.dtype), found[1]
 
 
-@index_divergence_backward.register_fake
+@torch.library.register_fake("fourfold::index_divergence_backward")
 def _(grad, q, k, weights, indices, slopes, first, end, deterministic):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(weights)
 
@@ -162,7 +162,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return *index_divergence_backward(grad, *ctx.saved_tensors, deterministic), None, None, None
 
 
-index_divergence.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("fourfold::index_divergence", _backward, setup_context=_save)
 
 
 def _grad_of_queries(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, runs_kernels, tl
+from model.kernels.gpu import jit, operator, runs_kernels, tl
 
 SCORES_AT_ONCE = 1 << 26  # scores in memory at a time
 WIDEST = 1 << 18  # slots of a query that one program looks at
@@ -56,7 +56,7 @@ def warps_of_row(width: int) -> int:
     return min(32, max(4, width // 1024))
 
 
-@torch.library.custom_op("fourfold::index_select", mutates_args=())
+@operator("index_select")
 def index_select(
     q: Tensor, k: Tensor, weights: Tensor, first: Tensor, end: Tensor, topk: int, ranked_in: torch.dtype
 ) -> Tensor:
@@ -72,7 +72,7 @@ def index_select(
     return indices
 
 
-@index_select.register_fake
+@torch.library.register_fake("fourfold::index_select")
 def _empty_indices(
     q: Tensor, k: Tensor, weights: Tensor, first: Tensor, end: Tensor, topk: int, ranked_in: torch.dtype
 ) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.kernels import grouped, hopper
 from model.kernels.cast import ends_in_tiles
-from model.kernels.gpu import TILE, runs_kernels
+from model.kernels.gpu import TILE, operator, runs_kernels
 from model.linear import grouped_linear
 from model.quant import FP8_BLOCK, FP8_TILE, Quantised, dequantise
 
@@ -124,7 +124,7 @@ def _by_fours(scales: Tensor) -> Tensor:
     return F.pad(scales, (0, missing)) if missing else scales.contiguous()
 
 
-@torch.library.custom_op("fourfold::grouped_product", mutates_args=())
+@operator("grouped_product")
 def _grouped_product(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -137,14 +137,14 @@ def _grouped_product(
     return out
 
 
-@_grouped_product.register_fake
+@torch.library.register_fake("fourfold::grouped_product")
 def _empty_grouped(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("fourfold::grouped_outer_product", mutates_args=())
+@operator("grouped_outer_product")
 def _grouped_outer_product(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -157,7 +157,7 @@ def _grouped_outer_product(
     return out
 
 
-@_grouped_outer_product.register_fake
+@torch.library.register_fake("fourfold::grouped_outer_product")
 def _empty_outer(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> Tensor:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, tl
+from model.kernels.gpu import jit, operator, tl
 
 LOG2_E = 1.4426950408889634
 
@@ -84,7 +84,7 @@ def _power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-@torch.library.custom_op("fourfold::shared_kv_forward", mutates_args=())
+@operator("shared_kv_forward")
 def forward(
     q: Tensor, kv: Tensor, near: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, sinks: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -103,14 +103,14 @@ def forward(
     return out, lse
 
 
-@forward.register_fake
+@torch.library.register_fake("fourfold::shared_kv_forward")
 def _empty_forward(
     q: Tensor, kv: Tensor, near: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, sinks: Tensor
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("fourfold::entry_mass", mutates_args=())
+@operator("entry_mass")
 def entry_mass(q: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, lse: Tensor) -> Tensor:
     """Probabilities summed over heads, fp32: [B, S, T], or [B, S, k] at chosen indices."""
     constants = constants_of(q, chosen, GATHERED_MASS if is_gathered(chosen) else MASS)
@@ -125,7 +125,7 @@ def entry_mass(q: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, l
     return parts.sum(0) if blocks > 1 else parts.squeeze(0)
 
 
-@entry_mass.register_fake
+@torch.library.register_fake("fourfold::entry_mass")
 def _empty_mass(q: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, lse: Tensor) -> Tensor:
     slots = entries.shape[1] if chosen is None else chosen.shape[2]
     return q.new_empty(*q.shape[:2], slots, dtype=torch.float32)

@@ -20,13 +20,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, tl
+from model.kernels.gpu import jit, operator, tl
 from model.kernels.shared_kv import (
     LOG2_E,
     Setting,
     constants_of,
     far_span,
-    forward,
     gathered_span,
     grid_of,
     is_gathered,
@@ -43,7 +42,7 @@ PROGRAMS = 1024  # that gradients of keys are cut into, at least, where there ar
 PARTIAL_BYTES = 1 << 30  # of what gathered gradients are summed from, at once
 
 
-@torch.library.custom_op("fourfold::shared_kv_backward", mutates_args=())
+@operator("shared_kv_backward")
 def backward(
     grad: Tensor, q: Tensor, kv: Tensor, near: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None,
     sinks: Tensor, out: Tensor, lse: Tensor, repeatable: bool,
@@ -69,7 +68,7 @@ def backward(
     return dq, dkv, dentries, dsinks.to(sinks.dtype)
 
 
-@backward.register_fake
+@torch.library.register_fake("fourfold::shared_kv_backward")
 def _(grad, q, kv, near, entries, far, chosen, sinks, out, lse, repeatable):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, kv, entries, sinks))
 
@@ -85,7 +84,7 @@ def _gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return dq, dkv, None, dentries, None, None, dsinks
 
 
-forward.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd("fourfold::shared_kv_forward", _gradients, setup_context=_save)
 
 
 def _of_keys(

@@ -29,7 +29,7 @@ from model.kernels.cast import (
     rows_of_slot,
     store_both_ways,
 )
-from model.kernels.gpu import TILE, jit, runs_kernels, tiles, tl
+from model.kernels.gpu import TILE, jit, operator, runs_kernels, tiles, tl
 from model.norm import widen
 from model.quant import Quantised
 
@@ -79,7 +79,7 @@ def _weighted(gate_up: Tensor, weights: Tensor, limit: float) -> Tensor:
     return (clamped_swiglu(gate, up, limit) * weights.unsqueeze(-1)).to(gate_up.dtype)
 
 
-@torch.library.custom_op("fourfold::cast_swiglu", mutates_args=())
+@operator("cast_swiglu")
 def _cast_swiglu(
     gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,14 +95,14 @@ def _cast_swiglu(
     return parts
 
 
-@_cast_swiglu.register_fake
+@torch.library.register_fake("fourfold::cast_swiglu")
 def _(
     gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_activations(gate_up, gate_up.shape[0], gate_up.shape[1] // 2, offsets)
 
 
-@torch.library.custom_op("fourfold::cast_swiglu_backward", mutates_args=())
+@operator("cast_swiglu_backward")
 def _cast_swiglu_backward(
     grad: Tensor, gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _cast_swiglu_backward(
     return parts
 
 
-@_cast_swiglu_backward.register_fake
+@torch.library.register_fake("fourfold::cast_swiglu_backward")
 def _empty_backward(
     grad: Tensor, gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

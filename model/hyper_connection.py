@@ -15,24 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.sinkhorn import sinkhorn
 from model.norm import widen
 
 Mix = tuple[Tensor, Tensor]  # post [B, S, N], comb [B, S, N, N], fp32
-
-
-def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """Nearly doubly stochastic matrices from logits [..., N, N]: softmax rows, then columns and rows in turn.
-
-    Ends with a column step: columns (axis -2) sum to 1 up to eps, rows as far as `iterations` bring them.
-    """
-    comb = (
-        (logits.softmax(dim=-1) + eps).flatten(0, -3).permute(1, 2, 0).contiguous()
-    )  # [N, N, tokens]: tokens
-    comb = comb / (comb.sum(0, keepdim=True) + eps)  # are the fast axis of some 40 tiny sums and divisions
-    for _ in range(iterations - 1):
-        comb = comb / (comb.sum(1, keepdim=True) + eps)
-        comb = comb / (comb.sum(0, keepdim=True) + eps)
-    return comb.permute(2, 0, 1).contiguous().view(logits.shape)  # products of strided 4 x 4s are slow
 
 
 def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
-from model.hyper_connection import HyperConnection, HyperHead, PlainResidual, collapse, sinkhorn
+from model.hyper_connection import HyperConnection, HyperHead, PlainResidual, collapse
 from model.init import initialize
+from model.kernels.sinkhorn import sinkhorn
 from model.model import ForCausalLM
 from tests.tiny import relative, tiny_config, tiny_model
 from tests.unit.model import naive

@@ -12,17 +12,11 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from optim.newton_schulz import newton_schulz
-from optim.partition import View, whole_views
+from optim.partition import View, matrices_of, whole_views
 
 # Kinds of moments by algorithm; `step` counts a parameter's updates.
 MOMENTS = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq", "step")}
 ALL_MOMENTS = ("momentum", "exp_avg", "exp_avg_sq", "step")
-
-
-def split_blocks(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """Views of `tensor` [..., sum(rows), m] as its single matrices [rows_i, m], block after block."""
-    parts = tensor.split(list(rows), dim=-2)
-    return [matrix for part in parts for matrix in part.view(-1, *part.shape[-2:]).unbind()]
 
 
 def muon_step(
@@ -158,11 +152,11 @@ class HybridOptimizer(torch.optim.Optimizer):
         params = group["params"]
         every_grad = [None if p.grad is None else p.grad.contiguous() for p in params]
         every_momentum = [p if p.grad is None else self.moment(p, "momentum") for p in params]
-        for view in group["views"]:
-            if every_grad[view.param] is not None:
-                weights += split_blocks(view.of(params), view.rows)
-                grads += split_blocks(view.of(every_grad), view.rows)
-                momenta += split_blocks(view.of(every_momentum), view.rows)
+        for matrices in matrices_of(group["views"]):
+            if every_grad[matrices.param] is not None:
+                weights += matrices.of(params)
+                grads += matrices.of(every_grad)  # type: ignore[arg-type]
+                momenta += matrices.of(every_momentum)
         group["square"] = muon_step(
             weights,
             grads,

@@ -73,6 +73,37 @@ class View(NamedTuple):
         return flat[self.start : self.start + self.piece.numel].view(self.piece.shape)
 
 
+class Matrices(NamedTuple):
+    """Equal matrices [rows, columns], one after another from `start` on in the flattened `params[param]`."""
+
+    param: int
+    start: int
+    number: int
+    rows: int
+    columns: int
+
+    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """These parts of tensors that are shaped like the group's `params`; they share their memory."""
+        end = self.start + self.number * self.rows * self.columns
+        return tensors[self.param].view(-1)[self.start : end].view(-1, self.rows, self.columns).unbind()
+
+
+def matrices_of(views: Sequence[View]) -> list[Matrices]:
+    """The independent matrices of pieces, in order, as few runs of equal ones: a view costs as much as the
+    launch of a kernel."""
+    found: list[Matrices] = []
+    for view in views:
+        start, columns = view.start, view.piece.shape[-1]
+        for rows in view.rows * (view.piece.numel // (sum(view.rows) * columns)):
+            run = found[-1] if found else None
+            if run and run[:2] + run[3:] == (view.param, start - run.number * rows * columns, rows, columns):
+                found[-1] = run._replace(number=run.number + 1)
+            else:
+                found.append(Matrices(view.param, start, 1, rows, columns))
+            start += rows * columns
+    return found
+
+
 def is_expert(name: str) -> bool:
     """Whether the parameter of this full name is a stack of routed experts."""
     return bool(_EXPERTS.fullmatch(name))

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.errors import ConfigError
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_active
-from optim.muon import HybridOptimizer, clip_grad_norm_per_set, muon_step, split_blocks
+from optim.muon import HybridOptimizer, clip_grad_norm_per_set, muon_step
 from tests.unit.optim.shapes import CONFIG, Home, all_homes, parameters
 
 SETTINGS = OptimConfig(lr=0.02, indexer_lr=0.01, weight_decay=0.1)
@@ -142,8 +142,7 @@ def test_a_batch_never_exceeds_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -
         return x
 
     monkeypatch.setattr("optim.muon.newton_schulz", spy)
-    stack = torch.ones(10, 4, 5)
-    views = [split_blocks(tensor.clone(), (2, 2)) for tensor in (stack, stack, stack)]
+    views = [list(torch.ones(20, 2, 5).unbind()) for _ in range(3)]
     settings: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1, "update_rms": 0.2, "lr": 0.1}
     muon_step(*views, chunk_elements=35, **settings)
     assert sizes == [30] * 6 + [20]  # 20 matrices of 10 numbers, three at once
@@ -157,15 +156,6 @@ def test_products_are_fp32_on_a_cpu_unless_asked_otherwise() -> None:
         moved[choice] = weight["layers.0.mlp.gate.weight"]
     assert torch.equal(moved["auto"], moved["float32"])
     assert not torch.equal(moved["auto"], moved["bfloat16"])
-
-
-def test_split_blocks_are_views_in_the_order_of_the_blocks() -> None:
-    tensor = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
-    views = split_blocks(tensor, (2, 3))
-    expected = [tensor[0, :2], tensor[1, :2], tensor[0, 2:], tensor[1, 2:]]
-    assert all(torch.equal(view, part) for view, part in zip(views, expected, strict=True))
-    views[3].zero_()
-    assert tensor[1, 2:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 
-from optim.partition import View, lay_out, pieces, whole_views
+from optim.partition import View, lay_out, matrices_of, pieces, whole_views
 
 Shapes = dict[str, tuple[int, ...]]
 EXPERTS: Shapes = {
@@ -75,3 +75,20 @@ def test_work_is_balanced() -> None:
     _, stack = views_of(EXPERTS)  # 12 matrices of 15: 4 ranks have 4, 4, 4, 0, since an odd number is filled
     assert [len(own) for own in lay_out(stack, 4).views] == [4, 4, 4, 0]
     assert [len(own) for own in lay_out(stack, 2).views] == [6, 6]
+
+
+def test_matrices_are_what_the_views_say() -> None:
+    """Blocks of rows, of whatever sizes, in order and sharing memory; equal neighbours are one run."""
+    names, shapes = ["layers.0.mlp.experts.gate_up_proj", "a", "b"], [(3, 8, 5), (9, 4), (6, 2)]
+    params = [torch.arange(float(prod(shape))).view(shape) for shape in shapes]
+    group = {"names": names, "params": params, "blocks": [(), (2, 2, 5), (3, 3)]}
+    views = whole_views(group)
+    wanted = [block for view in views for block in view.of(params).split(view.rows)]
+    runs = matrices_of(views)
+    assert [run.number for run in runs] == [6, 2, 1, 2]
+    found = [matrix for run in runs for matrix in run.of(params)]
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    assert matrices_of([view._replace(start=view.start + 7) for view in views[:1]])[0].start == 7
+    assert len(matrices_of([views[0], views[2]])) == 2  # not neighbours
+    found[-1].zero_()
+    assert not params[2][3:].any()

@@ -30,9 +30,17 @@ def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.linear(flat, weight) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
+def mixed(weights: Tensor, streams: Tensor) -> Tensor:
+    """weights [..., M, N] @ streams [..., N, D]. Libraries are slow with so few rows: a compiler is told to sum
+    them up, in the kernel of what surrounds it."""
+    if torch.compiler.is_compiling():
+        return (weights.unsqueeze(-1) * streams.unsqueeze(-3)).sum(-2)
+    return weights @ streams
+
+
 def collapse(pre: Tensor, streams: Tensor) -> Tensor:
     """sum_i pre_i X_i: [B, S, N], [B, S, N, D] -> [B, S, D] in the streams' dtype."""
-    return (pre.unsqueeze(2).to(streams.dtype) @ streams).squeeze(2)
+    return mixed(pre.unsqueeze(2).to(streams.dtype), streams).squeeze(2)
 
 
 class HyperConnection(nn.Module):
@@ -59,7 +67,7 @@ class HyperConnection(nn.Module):
         """Block output [B, S, D] and the streams before it -> new streams [B, S, N, D]."""
         assert mix is not None
         post, comb = (weights.to(streams.dtype) for weights in mix)
-        return post.unsqueeze(-1) * output.unsqueeze(2) + comb.transpose(-1, -2) @ streams
+        return post.unsqueeze(-1) * output.unsqueeze(2) + mixed(comb.transpose(-1, -2), streams)
 
 
 class PlainResidual(nn.Module):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from model.hyper_connection import HyperConnection
 from model.kernels.cast import fp4_values
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from model.precision import Precision
@@ -24,6 +23,7 @@ from optim.groups import SETS, build_groups, set_active
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set, same_shape_chunks
 from optim.partition import is_expert
 from optim.schedule import set_lr
+from train.compiled import compile_layers
 from train.quantisation import fp4_metrics, fp4_statistics
 from train.replicas import Replica
 
@@ -35,17 +35,6 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
     """The step's sequences `rows` at a time."""
     for start in range(0, batch["input_ids"].shape[0], rows):
         yield {name: x[start : start + rows] for name, x in batch.items()}
-
-
-def compile_hot_parts(model: nn.Module) -> None:
-    """torch.compile what is many small operations on the streams; large products stay library calls.
-
-    Whole layers compile for minutes and gain little more: their time is in products already.
-    """
-    for module in model.modules():
-        if isinstance(module, HyperConnection):
-            module.enter = torch.compile(module.enter)  # type: ignore[method-assign]
-            module.leave = torch.compile(module.leave)  # type: ignore[method-assign]
 
 
 class Engine(ABC):
@@ -233,7 +222,7 @@ class TorchEngine(Engine):
         self.clip_norm = config.clip_norm
         self.optimizer = HybridOptimizer(build_groups(self.masters.items(), model.config, config))
         if compiled:
-            compile_hot_parts(self.model)
+            compile_layers(self.model)
         self.activate(("model",))
 
     def backward(self, loss: Tensor, last: bool = True) -> None:

@@ -18,16 +18,14 @@ import model.kernels.product  # noqa: F401  registers fourfold::grouped_product
 from model.model import ForCausalLM
 
 # What "selective" keeps: outputs whose arithmetic or traffic costs more than their bytes. Every product with
-# a weight arrives here as one of the first seven (`F.linear` folds leading axes, whatever the strides), but
+# a weight arrives here as one of the first five (`F.linear` folds leading axes, whatever the strides), but
 # for the grouped output of attention: an einsum, so a `bmm`. All `bmm` and `baddbmm` are computed again, as
 # most of them are mHC's, as large as all streams, or attention's logits.
 KEPT = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_mm.default,
-    torch.ops.aten._scaled_mm_v2.default,
-    torch.ops.aten._scaled_grouped_mm.default,
+    torch.ops.fourfold.product.default,
     torch.ops.fourfold.grouped_product.default,
     torch.ops.fourfold.index_select.default,
     torch.ops.fourfold.index_divergence.default,
@@ -45,6 +43,11 @@ def apply(model: ForCausalLM, how: str) -> ForCausalLM:
     """Have `model` recompute as `how` says: one of `HOW`, with the meanings of `TrainConfig.recompute`."""
     model.around = partial(_checkpointed, CONTEXTS[how]) if how != "none" else ForCausalLM.around
     return model
+
+
+def keeps_some(model: ForCausalLM) -> bool:
+    """Whether it depends on the operation what `model` keeps."""
+    return isinstance(model.around, partial) and model.around.args == (CONTEXTS["selective"],)
 
 
 def _checkpointed(contexts: Callable[[], Any], block: Callable[..., Any], *inputs: Any) -> Any:

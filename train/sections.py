@@ -41,7 +41,7 @@ class TrainConfig:
     async_save             write checkpoints beside the training, which goes on after a copy in host memory
     eval_tokens            validation tokens of one evaluation
     needle                 retrieval probes of one evaluation, each a sequence a depth and a control; 0: none
-    compile                torch.compile the hyper-connections
+    compile                torch.compile whole layers, or what ranks do not share of them: the streams' mixing
     recompute              what backward computes again instead of keeping it: "none", "selective" (all but
                            outputs of large products), "full" (whole layers: only their inputs are kept)
     sample_tokens          tokens generated from sample_prompt at the end of the run; 0: none

@@ -31,7 +31,8 @@ from optim.groups import build_groups
 from optim.muon import HybridOptimizer, clip_grad_norm_per_set
 from optim.partition import Layout, is_expert, lay_out, whole_views
 from train.adapter import before_gathering, initialize, round_reduction
-from train.engine import Batch, Engine, compile_hot_parts
+from train.compiled import compile_layers
+from train.engine import Batch, Engine
 from train.parallel.dense import DenseShards, sharded_names
 from train.parallel.expert import share_experts
 from train.parallel.mesh import Mesh, Sharing, build_mesh
@@ -93,7 +94,7 @@ class ZeroEngine(Engine):
         if rounded:
             round_reduction(self.zero, self.mesh.experts)
         if compiled:
-            compile_hot_parts(self.model)
+            compile_layers(self.model, whole=self.shards is None)
         self.activate(("model",))
 
     def __call__(self, batch: Batch, **options: Any) -> ModelOutput:

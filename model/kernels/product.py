@@ -38,14 +38,8 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
     """a [M, K] times b [O, K] transposed -> [M, O]."""
     if not _runs(a, dtype):
         return F.linear(dequantise(a, dtype), dequantise(b, dtype))
-    if _library_takes(a, b, dtype):
-        return _library_product(a, b, dtype)
-    size = a.values.shape[1] if b.block == FP8_TILE else len(a.values)
-    everything = torch.full((1,), size, dtype=torch.int32, device=a.values.device)
-    if b.block == FP8_TILE:
-        return _outer(a, b, everything, dtype)[0]
-    stack = b._replace(values=b.values.unsqueeze(0), scales=b.scales.unsqueeze(0))
-    return _grouped(a, stack, everything, dtype)
+    tiled = b.block == FP8_TILE
+    return torch.ops.fourfold.product(a.values, a.scales, b.values, b.scales, tiled, dtype)
 
 
 def grouped_product(a: Quantised, b: Quantised, offsets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,7 +48,7 @@ def grouped_product(a: Quantised, b: Quantised, offsets: Tensor, dtype: torch.dt
     `offsets` [E] int32: the end row of each group, the last of which is R.
     """
     if _runs(a, dtype):
-        return _grouped(a, b, offsets, dtype)
+        return torch.ops.fourfold.grouped_product(a.values, a.scales, b.values, b.scales, offsets, dtype)
     return grouped_linear(dequantise(a, dtype), dequantise(b, dtype), offsets)
 
 
@@ -64,7 +58,8 @@ def grouped_outer_product(a: Quantised, b: Quantised, offsets: Tensor, dtype: to
     a and b are what `cast_activation` returns second for rows with these offsets.
     """
     if _runs(a, dtype):
-        return _outer(a, b, offsets, dtype)
+        operands = a.values, a.scales, b.values, b.scales
+        return torch.ops.fourfold.grouped_outer_product(*operands, offsets, dtype)
     if not a.values.shape[-1]:
         return a.scales.new_zeros(len(offsets), len(a.values), len(b.values), dtype=dtype)
     packed, ends = torch.contiguous_format, ends_in_tiles(offsets)  # `contiguous()` leaves a row strides of 1
@@ -77,14 +72,6 @@ def grouped_outer_product(a: Quantised, b: Quantised, offsets: Tensor, dtype: to
 
 def _runs(a: Quantised, dtype: torch.dtype) -> bool:
     return runs_kernels(a.values) and dtype in OUTPUTS and a.block == FP8_TILE
-
-
-def _grouped(a: Quantised, b: Quantised, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.fourfold.grouped_product(a.values, a.scales, b.values, b.scales, offsets, dtype)
-
-
-def _outer(a: Quantised, b: Quantised, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.fourfold.grouped_outer_product(a.values, a.scales, b.values, b.scales, offsets, dtype)
 
 
 def _library_takes(a: Quantised, b: Quantised, dtype: torch.dtype) -> bool:
@@ -122,6 +109,27 @@ def _by_fours(scales: Tensor) -> Tensor:
     """Scales of blocks [O / 128, K / 128], their rows filled up to multiples of 4."""
     missing = -scales.shape[-1] % 4
     return F.pad(scales, (0, missing)) if missing else scales.contiguous()
+
+
+@operator("product")
+def _product(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, tiled: bool, dtype: torch.dtype
+) -> Tensor:
+    """b in tiles of 1 x 128, or in blocks of 128 x 128."""
+    left, right = Quantised(a, a_scales, FP8_TILE), Quantised(b, b_scales, FP8_TILE if tiled else FP8_BLOCK)
+    if _library_takes(left, right, dtype):
+        return _library_product(left, right, dtype)
+    everything = torch.full((1,), a.shape[1] if tiled else len(a), dtype=torch.int32, device=a.device)
+    if tiled:
+        return _grouped_outer_product(a, a_scales, b, b_scales, everything, dtype).squeeze(0)
+    return _grouped_product(a, a_scales, b.unsqueeze(0), b_scales.unsqueeze(0), everything, dtype)
+
+
+@torch.library.register_fake("fourfold::product")
+def _empty_product(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, tiled: bool, dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty(len(a), len(b), dtype=dtype)
 
 
 @operator("grouped_product")

@@ -19,7 +19,8 @@ from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
 from tests.unit.train.test_engine import ALONE, run_config, uneven_batch
 from train import recompute
-from train.engine import Batch, Engine, TorchEngine, compile_hot_parts
+from train.compiled import compile_layers
+from train.engine import Batch, Engine, TorchEngine
 from train.loop import train_step
 from train.ranks import Ranks
 from train.run import build_engine, make_mesh
@@ -150,7 +151,7 @@ def test_compiled_streams(how: str) -> None:
     """Compiled and recomputed equal compiled and kept; micro-batches after the first compile nothing."""
     found, kept = every_part(how, "sc"), every_part("none", "sc")
     for net in (found, kept):
-        compile_hot_parts(net)
+        compile_layers(net)
     assert_same(backward(found), backward(kept))
     found.zero_grad(set_to_none=True)
     kept.zero_grad(set_to_none=True)
@@ -196,7 +197,7 @@ def test_on_a_gpu(how: str, compiled: bool) -> None:
     """In bf16 the same experts are chosen, and gradients agree as far as their sums are in one order."""
     found, kept = (every_part(h).cuda().cast(torch.bfloat16) for h in (how, "none"))
     for net in (found, kept) if compiled else ():
-        compile_hot_parts(net)
+        compile_layers(net)
     batch = {name: x.cuda() for name, x in BATCH.items()}
     ours, theirs = backward(found, batch), backward(kept, batch)
     for a, b in zip(ours[0].expert_indices, theirs[0].expert_indices, strict=True):

@@ -66,6 +66,8 @@ def test_shapes_without_data() -> None:
     with FakeTensorMode():
         fp8, scales = torch.empty(200, 64).to(torch.float8_e4m3fn), torch.empty(200, 1)
         stack, offsets = torch.empty(3, 96, 64).to(torch.float8_e4m3fn), torch.empty(3, dtype=torch.int32)
+        out = torch.ops.fourfold.product(fp8, scales, stack[0], torch.empty(1, 1), False, torch.bfloat16)
+        assert out.shape == (200, 96) and out.dtype == torch.bfloat16
         out = torch.ops.fourfold.grouped_product(
             fp8, scales, stack, torch.empty(3, 1, 1), offsets, torch.bfloat16
         )

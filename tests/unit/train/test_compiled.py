@@ -1,0 +1,79 @@
+"""Compiled layers: one graph each, the same numbers, and what is compiled where."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model.hyper_connection import HyperConnection
+from model.precision import Precision
+from tests.tiny import packed_batch, relative, tiny_config, tiny_model
+from train import recompute
+from train.compiled import compile_layers
+
+BATCH = packed_batch([[40, 24], [64]], 64, depth=1)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is compiled is traced, in one piece or not at all, and runs as torch's own operations."""
+    made: list[Any] = []
+    whole = partial(torch.compile, backend="aot_eager", fullgraph=True)
+
+    def compiling(function: Any, **options: Any) -> Any:
+        made.append(function.__self__)
+        return whole(function, **options)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    torch._dynamo.reset()
+    return made
+
+
+def model_of(dtype: torch.dtype = torch.bfloat16, how: str = "none") -> Any:
+    net = tiny_model(tiny_config("sch", 1, num_nextn_predict_layers=1, hc_sinkhorn_iters=2))
+    return recompute.apply(net, how).cast(dtype)
+
+
+def results(net: Any, **options: Any) -> list[torch.Tensor]:
+    losses = net(**BATCH, **options).losses
+    torch.stack([loss for loss, _ in losses.values()]).sum().backward()
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    return [*(loss.detach() for loss, _ in losses.values()), *grads]
+
+
+@pytest.mark.parametrize(("mode", "how"), [("sparse", "full"), ("dense", "none"), ("warmup", "none")])
+def test_layers_are_one_graph(traced: list[Any], mode: str, how: str) -> None:
+    net, eager = model_of(how=how), model_of()
+    compile_layers(net)
+    assert len(traced) == 4 and not any(isinstance(module, HyperConnection) for module in traced)
+    options = {"mode": mode, "indexer_loss": True}
+    for found, wanted in zip(results(net, **options), results(eager, **options), strict=True):
+        assert relative(found, wanted) < 2e-2 or not wanted.any()
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        net(**BATCH)
+    assert counters["stats"]["unique_graphs"] == graphs  # evaluation compiles nothing
+
+
+def test_fp4_too(traced: list[Any]) -> None:
+    net = model_of()
+    compile_layers(net)
+    net.use(Precision(fp4_indexer=True, fp8_kv=True))
+    assert all(x.isfinite().all() for x in results(net, indexer_loss=True))
+
+
+@pytest.mark.parametrize("case", ["fp32", "selective", "shared", "ranks"])
+def test_where_only_streams_are_compiled(case: str, traced: list[Any]) -> None:
+    net = model_of(
+        torch.float32 if case == "fp32" else torch.bfloat16, "selective" if case == "selective" else "none"
+    )
+    if case == "ranks":
+        net.moes()[1].dispatcher = nn.Identity()
+    compile_layers(net, whole=case != "shared")
+    assert len(traced) == 16 and all(isinstance(module, HyperConnection) for module in traced)

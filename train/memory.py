@@ -2,8 +2,9 @@
 
 Weights, masters, gradients and moments are sums over the model's shapes. What a micro-batch and a step of the
 optimizer add is measured: model and optimizer run on the meta device, where tensors have shapes and no
-numbers, while a `Tracker` adds up what lives. CUDA is not touched. `python -m train.plan`
-prints the table for any number of ranks.
+numbers, while a `Tracker` adds up what lives: what kernels allocate, where the device will run them
+(`model.kernels.gpu.planned_for_kernels`), else what their torch references do. CUDA is not touched.
+`python -m train.plan` prints the table for any number of ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.errors import ConfigError
+from model.kernels.gpu import BODIES, runs_kernels
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
@@ -84,8 +86,8 @@ class Memory:
 class Tracker(TorchDispatchMode):
     """Counts the bytes of storages made on `device` while entered, in blocks of 512 like CUDA's allocator.
 
-    What an operation takes and returns within itself is not seen. A storage from before counts as soon as an
-    operation returns a view of it.
+    What one of torch's operations takes and returns within itself is not seen; on the meta device, what one
+    of Fourfold's does is. A storage from before counts as soon as an operation returns a view of it.
     """
 
     def __init__(self, device: str = "meta"):
@@ -99,6 +101,9 @@ class Tracker(TorchDispatchMode):
             a, b, offsets = args[:3]
             groups = () if b.dim() == 3 else (len(offsets),)
             out = a.new_empty(*groups, a.shape[0], b.shape[-1])
+        elif func in BODIES and self.device == "meta":
+            with self:
+                out = BODIES[func](*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
@@ -239,12 +244,13 @@ def micro_batch_peak(
 ) -> int:
     """Most bytes that one micro-batch adds in a model of layers of these (layer type, MLP layer type).
 
-    Gradients are freed once made, as if added to sums that exist; if it `grows`, these sums are made. Of the
-    Sinkhorn iterations, compiled hyper-connections keep no more for backward than eager ones do of the first.
+    Gradients are freed once made, as if added to sums that exist; if it `grows`, these sums are made. Without
+    a kernel of Sinkhorn's iterations, compiled hyper-connections keep no more for backward than eager ones do
+    of the first. What is measured for the log lies under the peak (`train.quantisation.AT_ONCE`).
     """
     layer_types, mlp_layer_types = map(list, zip(*kinds, strict=True))
     changes: dict[str, Any] = {"layer_types": layer_types, "mlp_layer_types": mlp_layer_types}
-    if config.train.compile:
+    if config.train.compile and not runs_kernels(torch.empty(0, device="meta")):
         changes["hc_sinkhorn_iters"] = 1
     model_config = replace(config.model, num_hidden_layers=len(kinds), **changes)
     shape = (config.train.micro_batch, config.train.seq_len)
@@ -258,6 +264,7 @@ def micro_batch_peak(
     with Tracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
+            model.use(config.precision.at(config.precision.qat_start))
             recompute.apply(model, config.recompute)
             standins.apart(model, mesh, config.parallel.shard_dense)
             ids = torch.zeros(shape, dtype=torch.int64)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from configs.compose import compose
 from configs.errors import ConfigError
+from model.kernels.gpu import planned_for_kernels
 from model.precision import products
 from train import cli
 from train.memory import GIB, predict
@@ -25,11 +26,12 @@ What a run will need and send, from shapes alone: python -m train.plan ranks=N [
 
   ranks=N        how many ranks; the other arguments are those of python -m train
   gpu_gib=79     memory of one GPU, in GiB: 79 of an 80 GB H100 are free
+  gpu=hopper     what it is: hopper and newer run Fourfold's kernels; older ones torch's operations
 
 First come the numbers that matrix products multiply: activation or gradient, then weight or activation, FP8
 and FP4 with the block that shares a scale. Memory is that of the rank with most; routing is taken to be
-balanced, and precision=fp8 to need what bf16 does. Traffic is what all ranks together put
-into collectives in one step of the last phase (train/README.md, "What travels").
+balanced. Traffic is what all ranks together put into collectives in one step of the last phase
+(train/README.md, "What travels").
 
 Examples:
   python -m train.plan ranks=8 experiment=ref_1b7 parallel=ep8
@@ -44,10 +46,13 @@ class Options:
 
     ranks: int
     gpu_gib: float = 79.0
+    gpu: str = "hopper"
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise ConfigError(f"ranks is {self.ranks}; it must be 1 or more")
+        if self.gpu not in ("hopper", "older"):
+            raise ConfigError(f"gpu is {self.gpu!r}; it must be hopper or older")
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +65,9 @@ def main(argv: list[str]) -> None:
     buckets = bucket_bytes(config, Ranks(0, options.ranks, torch.device("cuda")))
     console = Console(highlight=False)
     console.print(precision_table(config.precision))
-    console.print(memory_table(predict(config, mesh, buckets), round(options.gpu_gib * GIB)))
+    with planned_for_kernels(options.gpu == "hopper" and config.train.device != "cpu"):
+        memory = predict(config, mesh, buckets)
+    console.print(memory_table(memory, round(options.gpu_gib * GIB)))
     found, tokens = volume(config, mesh), config.train.batch_tokens
     rows = Table("sent in a step", "GB", "MB a rank", "kB a token", title="traffic", title_justify="left")
     for purpose, count in (*found.items(), ("all", sum(found.values()))):

@@ -7,7 +7,7 @@ experts' masters. Names of metrics are in train/README.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -36,6 +36,7 @@ from model.quant import (
 
 OPERANDS = ("activation", "weight", "gradient")
 CLASSES = tuple(f"{kind}.{operand}" for kind in (*FP8_KINDS, "expert") for operand in OPERANDS)
+AT_ONCE = 1 << 24  # numbers whose errors are measured at once
 
 See = Callable[[str, Tensor, Block], None]
 
@@ -51,7 +52,9 @@ def observed(model: ForCausalLM, precision: Precision, sums: dict[str, Tensor]) 
     sums |= {name: fp8_statistics(torch.zeros(0, 1, device=device), FP8_TILE) for name in CLASSES}
 
     def see(name: str, x: Tensor, block: Block) -> None:
-        sums[name] += fp8_statistics(x.detach().flatten(0, -2) if block == FP8_TILE else x.detach(), block)
+        x = x.detach().flatten(0, -2) if block == FP8_TILE else x.detach()
+        for part in in_parts(x):
+            sums[name] += fp8_statistics(part, block)
 
     for module in model.modules() if precision.fp8 else ():
         if isinstance(module, Linear) and module.kind in FP8_KINDS:
@@ -63,6 +66,12 @@ def observed(model: ForCausalLM, precision: Precision, sums: dict[str, Tensor]) 
             yield
     finally:
         model.use(precision)
+
+
+def in_parts(x: Tensor) -> Iterable[Tensor]:
+    """Some matrices of a stack at a time, or some rows of a matrix: in 128s, as blocks go."""
+    count = max(1, AT_ONCE // max(1, x[:1].numel()))
+    return x.split(count if x.dim() > 2 else -(-count // 128) * 128)
 
 
 def _seen_linear(see: See, x: Tensor, weight: Tensor, kind: str) -> Tensor:

@@ -21,6 +21,7 @@ from data.files import remedy
 from data.opening import Data, open_data
 from model.flops import count_parameters
 from model.init import initialize
+from model.kernels.gpu import has_kernels, planned_for_kernels
 from model.layout import WholeSequence
 from model.model import ForCausalLM
 from train import checkpoint, recompute
@@ -258,12 +259,13 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
     folder, resumed = ranks.share(found)
     mesh = make_mesh(config, ranks)
     buckets = bucket_bytes(config, ranks)
-    phases = [predict(config.during(phase), mesh, buckets) for phase in config.timeline]
-    memory = max(phases, key=lambda memory: memory.total)
     available = _available(ranks.device)
-    ranks.together(
-        lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
-    )
+    with planned_for_kernels(has_kernels(ranks.device)):
+        phases = [predict(config.during(phase), mesh, buckets) for phase in config.timeline]
+        memory = max(phases, key=lambda memory: memory.total)
+        ranks.together(
+            lambda: refuse_if_too_large(memory, available, config, states_only=ranks.device.type == "cpu")
+        )
     data = ranks.together(lambda: _open_data(config, mesh, report))
     torch.manual_seed(config.train.seed + ranks.rank)  # today nothing draws from it, and a change might
     engine = build_engine(config, ranks.device, mesh)

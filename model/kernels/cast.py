@@ -26,6 +26,7 @@ from model.kernels.gpu import (
     TILE,
     group_of_slot,
     jit,
+    launched,
     magnitude,
     operator,
     power_of_two,
@@ -179,6 +180,7 @@ def _empty_fp4(master: Tensor, dtype: torch.dtype) -> Tensor:
     return master.new_empty(master.shape, dtype=dtype)
 
 
+@launched
 @jit(varying=("R", "groups"))
 def _cast_activation_kernel(
     x, offsets, values, scales, transposed, transposed_scales, R, I, groups, E: tl.constexpr,  # noqa: E741
@@ -234,6 +236,7 @@ def store_both_ways(tile, row, end, column, values, scales, transposed, transpos
     tl.store(transposed_scales + slot.to(tl.int64) * I + column + columns, scale, mask=beside)
 
 
+@launched
 @jit
 def _cast_weight_kernel(weight, values, scales, transposed, transposed_scales, O, I):  # noqa: E741
     row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
@@ -253,6 +256,7 @@ def _cast_weight_kernel(weight, values, scales, transposed, transposed_scales, O
     tl.store(transposed_scales + blocks + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), scale)
 
 
+@launched
 @jit(varying=("groups",))
 def _fp4_kernel(master, out, groups, per_row, N, GROUPS: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)

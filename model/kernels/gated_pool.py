@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.cast import INPUTS
-from model.kernels.gpu import jit, operator, runs_kernels, tl
+from model.kernels.gpu import jit, launched, operator, runs_kernels, tl
 
 
 class Setting(NamedTuple):
@@ -103,6 +103,7 @@ def _cut(
     return grid, (length, slots, channels, rate, windows, setting.channels, setting.blocks, overlap)
 
 
+@launched
 @jit
 def _pool_kernel(
     kv, gate, bias, tokens, chained, out, S, T, C, M: tl.constexpr, WINDOWS: tl.constexpr,
@@ -118,6 +119,7 @@ def _pool_kernel(
         tl.store(place, entry.to(out.dtype.element_ty), mask=inside)
 
 
+@launched
 @jit
 def _pool_backward_kernel(
     grad, kv, gate, bias, tokens, chained, dkv, dgate, parts, S, T, C, M: tl.constexpr,

@@ -6,7 +6,8 @@ functions compute what their torch references say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +21,10 @@ except ImportError:
     triton = tl = None  # type: ignore[assignment]
 
 LIBRARY = torch.library.Library("fourfold", "FRAGMENT")  # our operators
+BODIES: dict[Any, Callable[..., Any]] = {}  # the functions that operators were made of
 TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
+
+_planned = False  # whether tensors on the meta device stand for those of a GPU that runs the kernels
 
 
 def jit(kernel: Callable[..., Any] | None = None, varying: tuple[str, ...] = ()) -> Any:
@@ -33,29 +37,63 @@ def jit(kernel: Callable[..., Any] | None = None, varying: tuple[str, ...] = ())
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=varying)
 
 
+def launched(kernel: Any) -> Any:
+    """The kernel, to be launched as kernel[grid](...): which does nothing to tensors on the meta device."""
+    return _Launched(kernel)
+
+
+class _Launched:
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], first: Tensor, /, *rest: Any, **constants: Any) -> None:
+        if not first.is_meta:
+            self.kernel[grid](first, *rest, **constants)
+
+
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make of a function the operator `fourfold::name`, which neither changes nor returns its arguments.
 
     `torch.library.custom_op` does the same and checks at every call, which takes longer than small kernels.
+    Its fake says what it returns; on meta tensors the function itself, one of `BODIES`, shows what it
+    allocates meanwhile, too (`train.memory`).
     """
 
     def register(function: Callable[..., Any]) -> Any:
         schema = name + torch.library.infer_schema(function, mutates_args=())
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.fourfold, name).default
+        defined = getattr(torch.ops.fourfold, name).default
+        BODIES[defined] = function
+        return defined
 
     return register
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether x is on a GPU whose tensor cores multiply FP8 as these kernels do: Hopper or newer."""
-    return x.is_cuda and triton is not None and _is_hopper(x.device)
+    """Whether x is on a GPU that `has_kernels`, or stands for a tensor that will be."""
+    return _planned if x.is_meta else x.is_cuda and has_kernels(x.device)
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def has_kernels(device: torch.device) -> bool:
+    """Whether this is a GPU whose tensor cores multiply FP8 as these kernels do: Hopper or newer."""
+    known = device.type == "cuda" and triton is not None
+    return known and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@contextmanager
+def planned_for_kernels(wanted: bool = True) -> Iterator[None]:
+    """Meanwhile tensors on the meta device stand for those of a GPU that runs the kernels, if `wanted`."""
+    global _planned
+    before, _planned = _planned, wanted
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def tiles(size: int) -> int:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, operator, tl
+from model.kernels.gpu import jit, launched, operator, tl
 from model.kernels.index_select import (
     SCORES_AT_ONCE,
     load_keys,
@@ -155,6 +155,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, weights, _, attended, _ = inputs
     indices = None if attended.dtype == torch.bool else attended
     ctx.save_for_backward(q, k, weights, indices, *output[1:])
+    ctx.set_materialize_grads(False)  # zeros of what has none: as large as slopes
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
@@ -206,6 +207,7 @@ def _add_sorted(rows: Tensor, indices: Tensor, dk: Tensor) -> None:
     _add_kernel[(batch * slots,)](rows, order, bounds, dk, channels, 32)
 
 
+@launched
 @jit(varying=("start",))
 def _selected_kernel(
     q, k, weights, indices, end, scores, start, S, C, T, N,
@@ -230,6 +232,7 @@ def load_query(q, weights, row, HEADS: tl.constexpr, CHANNELS: tl.constexpr):
     return query, tl.load(weights + head).to(tl.float32)
 
 
+@launched
 @jit(varying=("start",))
 def _divergence_kernel(
     scores, mass, attended, real, losses, slopes, start, S, C, N, WIDTH: tl.constexpr
@@ -251,6 +254,7 @@ def _divergence_kernel(
     tl.store(slopes + row * N + column, slope.to(slopes.dtype.element_ty), mask=column < N)
 
 
+@launched
 @jit(varying=("start",))
 def _queries_kernel(
     grad, q, k, weights, slopes, first, end, indices, dq, dw, dk, start, S, C, T, N,
@@ -288,6 +292,7 @@ def _queries_kernel(
     tl.store(dq + head[None, :] * CHANNELS + channels[:, None], (u * w[None, :]).to(dq.dtype.element_ty))
 
 
+@launched
 @jit
 def _keys_kernel(
     grad, q, k, weights, slopes, first, end, parts, S, T, SPAN,
@@ -310,6 +315,7 @@ def _keys_kernel(
     tl.store(parts + place, dk, mask=(slots < T)[:, None])
 
 
+@launched
 @jit
 def _add_kernel(rows, order, bounds, dk, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
     entry = tl.program_id(0).to(tl.int64)

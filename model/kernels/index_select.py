@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, operator, runs_kernels, tl
+from model.kernels.gpu import jit, launched, operator, runs_kernels, tl
 
 SCORES_AT_ONCE = 1 << 26  # scores in memory at a time
 WIDEST = 1 << 18  # slots of a query that one program looks at
@@ -113,6 +113,7 @@ def write_best(indices: Tensor, start: int, scores: Tensor, first: Tensor, end: 
     )  # fmt: skip
 
 
+@launched
 @jit(varying=("start",))
 def _scores_kernel(
     q, k, weights, first, end, scores, start, S, C, T, more_than,
@@ -158,6 +159,7 @@ def load_keys(k, slots, mask, CHANNELS: tl.constexpr):
     return tl.load(k + place, mask=mask[:, None], other=0.0)
 
 
+@launched
 @jit(varying=("start",))
 def _best_kernel(
     scores, first, end, indices, start, S, C, T, K, BITS: tl.constexpr, WIDTH: tl.constexpr

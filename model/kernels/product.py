@@ -85,7 +85,7 @@ def _library_takes(a: Quantised, b: Quantised, dtype: torch.dtype) -> bool:
 @cache
 def _library_has_scales(device: torch.device) -> bool:
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    return torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
 
 
 def _library_product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
@@ -139,9 +139,10 @@ def _grouped_product(
     out = _empty_grouped(a, a_scales, b, b_scales, offsets, dtype)
     if not (out.numel() and a.numel()):
         return out.zero_()
-    kernels = hopper if hopper.suits(b.shape[1], a.shape[1], a.device) else grouped
     operands = grouped.aligned(a), _by_columns(a_scales), grouped.aligned(b), b_scales.contiguous()
-    kernels.grouped(*operands, offsets, out)
+    if not a.is_meta:
+        kernels = hopper if hopper.suits(b.shape[1], a.shape[1], a.device) else grouped
+        kernels.grouped(*operands, offsets, out)
     return out
 
 
@@ -159,9 +160,10 @@ def _grouped_outer_product(
     out = _empty_outer(a, a_scales, b, b_scales, offsets, dtype)
     if not (out.numel() and a.numel()):
         return out.zero_()
-    fast = hopper.suits(len(b), len(a), a.device) and dtype != torch.float32  # shared memory is full
     operands = grouped.aligned(a), _by_columns(a_scales), grouped.aligned(b), _by_columns(b_scales)
-    (hopper if fast else grouped).outer(*operands, offsets, out)
+    if not a.is_meta:
+        fast = hopper.suits(len(b), len(a), a.device) and dtype != torch.float32  # shared memory is full
+        (hopper if fast else grouped).outer(*operands, offsets, out)
     return out
 
 

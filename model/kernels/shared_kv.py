@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, operator, tl
+from model.kernels.gpu import jit, launched, operator, tl
 
 LOG2_E = 1.4426950408889634
 
@@ -131,6 +131,7 @@ def _empty_mass(q: Tensor, entries: Tensor, far: Tensor, chosen: Tensor | None, 
     return q.new_empty(*q.shape[:2], slots, dtype=torch.float32)
 
 
+@launched
 @jit(varying=("S", "N", "T"))
 def _forward_kernel(
     q, kv, near, entries, far, chosen, sinks, out, lse, S, N, T, scale,
@@ -167,6 +168,7 @@ def _forward_kernel(
     tl.store(lse + row, m + tl.log2(total), mask=exists)
 
 
+@launched
 @jit(varying=("S", "T", "stride"))
 def _mass_kernel(
     q, entries, far, chosen, lse, mass, S, T, scale, stride,

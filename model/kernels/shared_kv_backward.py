@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, operator, tl
+from model.kernels.gpu import jit, launched, operator, tl
 from model.kernels.shared_kv import (
     LOG2_E,
     Setting,
@@ -163,6 +163,7 @@ def _gathered_kernel_of(
     )  # fmt: skip
 
 
+@launched
 @jit(varying=("S", "N", "T"))
 def _dq_kernel(
     q, grad, kv, near, entries, far, chosen, out, lse, dq, delta, S, N, T, scale,
@@ -204,6 +205,7 @@ def _dq_kernel(
     tl.store(dq + row[:, None] * C + channels[None, :], acc.to(dq.dtype.element_ty), mask=exists[:, None])
 
 
+@launched
 @jit(varying=("S", "N"))
 def _dkv_kernel(
     q, grad, keys, spans, mask, readers, lse, delta, partial, S, N, scale,
@@ -255,6 +257,7 @@ def weights_of(both, seen, lse, delta, scale, KEYS: tl.constexpr, ROWS: tl.const
     return tl.reshape(tl.join(ds, p), (KEYS, 2 * ROWS))
 
 
+@launched
 @jit(varying=("S", "T", "start"))
 def _gathered_kernel(
     q, grad, entries, chosen, lse, delta, target, S, T, start, scale,
@@ -294,6 +297,7 @@ def _gathered_kernel(
                 )
 
 
+@launched
 @jit
 def _segment_kernel(partial, order, borders, total, C: tl.constexpr):
     """Add to an entry's gradient [C] the parts that belong to it, always in the same order."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import jit, operator, runs_kernels, tl
+from model.kernels.gpu import jit, launched, operator, runs_kernels, tl
 
 BLOCK = 64  # matrices of a program
 
@@ -84,6 +84,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("fourfold::sinkhorn", _backward, setup_context=_save)
 
 
+@launched
 @jit(varying=("M",))
 def _forward_kernel(logits, comb, divisors, M, ITERATIONS, eps, N: tl.constexpr, BLOCK: tl.constexpr):
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -108,6 +109,7 @@ def _forward_kernel(logits, comb, divisors, M, ITERATIONS, eps, N: tl.constexpr,
     tl.store(comb + at, x, mask=exists)
 
 
+@launched
 @jit(varying=("M",))
 def _backward_kernel(grad, comb, divisors, out, M, ITERATIONS, eps, N: tl.constexpr, BLOCK: tl.constexpr):
     matrix = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

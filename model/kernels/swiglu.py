@@ -29,7 +29,7 @@ from model.kernels.cast import (
     rows_of_slot,
     store_both_ways,
 )
-from model.kernels.gpu import TILE, jit, operator, runs_kernels, tiles, tl
+from model.kernels.gpu import TILE, jit, launched, operator, runs_kernels, tiles, tl
 from model.norm import widen
 from model.quant import Quantised
 
@@ -125,6 +125,7 @@ def _empty_backward(
     return *empty_activations(gate_up, gate_up.shape[0], gate_up.shape[1], offsets), sums
 
 
+@launched
 @jit(varying=("R", "groups"))
 def _swiglu_kernel(
     gate_up, weights, offsets, values, scales, transposed, transposed_scales, R, width, limit, groups,
@@ -142,6 +143,7 @@ def _swiglu_kernel(
     store_both_ways(hidden, row, end, column, values, scales, transposed, transposed_scales, R, width)
 
 
+@launched
 @jit(varying=("R", "groups"))
 def _swiglu_backward_kernel(
     grad, gate_up, weights, offsets, values, scales, transposed, transposed_scales, sums, R, width, limit,

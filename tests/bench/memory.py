@@ -4,6 +4,8 @@
     python -m tests.bench.memory [--out FILE] experiment=nano ...  one case: Hydra overrides, as for training
     python -m tests.bench.memory --recompute [--out FILE] [...]    steps of 1 micro-batch, each recomputation:
                                                                    ref_1b7 at two lengths or these overrides
+    python -m tests.bench.memory --precision [--out FILE]          2 steps of 1 micro-batch in each precision:
+                                                                   two models at two lengths, one process
 
 Every line of JSON has the prediction by category and, for every stage, its seconds and the most bytes that
 were allocated to tensors and reserved from the driver: `build` (the engine), then in every step `micro_1` and
@@ -16,6 +18,7 @@ which is slow: for trying this program with a tiny model.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -32,6 +35,8 @@ import torch
 from torch import Tensor
 
 from configs.compose import compose
+from model.kernels.gpu import has_kernels, planned_for_kernels
+from model.precision import NAMED
 from train.config import RunConfig
 from train.memory import Tracker, predict
 from train.ranks import Ranks, join
@@ -50,6 +55,13 @@ CASES = [f"{case} parallel={engine}" for engine in ("single", "zero") for case i
 LENGTHS = [
     f"experiment=ref_1b7 train.compile=false train.micro_batch=1 train.seq_len={length} parallel=single"
     for length in (4096, 16384)
+]
+PRECISIONS = [
+    f"experiment={model} train.compile=false train.micro_batch=1 train.seq_len={length} parallel=single"
+    f" precision={precision}"
+    for model in ("ref_1b7 model.num_nextn_predict_layers=0", "nano")
+    for length in (4096, 16384)
+    for precision in NAMED
 ]
 
 
@@ -78,6 +90,7 @@ def stages(
     yield "build", lambda: engines.append(build_engine(config, ranks.device, mesh))
     (engine,) = engines
     engine.activate(config.trained_sets)
+    engine.use(config.precision.at(config.precision.qat_start))
 
     def micro_batch(last: bool) -> None:
         options: dict[str, Any] = {"mode": config.attention_mode, "indexer_loss": config.indexer_loss}
@@ -121,7 +134,8 @@ def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     torch.manual_seed(ranks.rank // config.parallel.cp)  # ranks that share rows out take the same
     tokens = config.train.seq_len * config.train.micro_batch * micros * sharers
     config = replace(config, train=replace(config.train, batch_tokens=tokens))
-    memory = predict(config, make_mesh(config, ranks), bucket_bytes(config, ranks))
+    with planned_for_kernels(has_kernels(ranks.device)):
+        memory = predict(config, make_mesh(config, ranks), bucket_bytes(config, ranks))
     found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world, "batch_tokens": tokens}
     found |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__}
     found |= {
@@ -175,10 +189,17 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--recompute", action="store_true", help="compare the values of train.recompute")
+    parser.add_argument("--precision", action="store_true", help="compare numbers to multiply")
     parser.add_argument("--micro-batches", type=int, default=2, help="of a step")
     parser.add_argument("--steps", type=int, default=3, help="2 or more; the first warms up")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
+    if args.precision:
+        for overrides in PRECISIONS:
+            write(measure(overrides.split(), micros=1, steps=2), args.out)
+            gc.collect()  # of an engine whose hooks know each other
+            torch.cuda.empty_cache()
+        return
     if args.recompute or not args.overrides:
         options = ["--micro-batches", "1", "--steps", "4"] if args.recompute else []
         options += ["--out", str(args.out)] if args.out else []
@@ -186,12 +207,15 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "tests.bench.memory", *options, *case], check=False)
         return
     found = measure(args.overrides, args.micro_batches, args.steps)
-    if not found:
-        return
+    if found:
+        write(found, args.out)
+
+
+def write(found: dict[str, Any], out: Path | None) -> None:
     line = json.dumps(found)
     print(line, flush=True)
-    if args.out:
-        with args.out.open("a") as file:
+    if out:
+        with out.open("a") as file:
             file.write(line + "\n")
 
 

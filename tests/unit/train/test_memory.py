@@ -21,6 +21,7 @@ from configs.errors import ConfigError
 from model.hyper_connection import HyperConnection
 from model.init import initialize
 from model.model import ForCausalLM
+from model.precision import NAMED
 from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, tiny_config
 from train import recompute
@@ -43,7 +44,12 @@ def base() -> RunConfig:
 
 
 def run_config(
-    layers: str = EVERY_KIND, dtype: str = "float32", rows: int = 2, steps: int = 2, **changes: Any
+    layers: str = EVERY_KIND,
+    dtype: str = "float32",
+    rows: int = 2,
+    steps: int = 2,
+    precision: str = "bf16",
+    **changes: Any,
 ) -> RunConfig:
     """A run of tiny layers, `rows` in each of `steps` micro-batches; `changes` are the model's."""
     few = {"num_nextn_predict_layers": 1, "hc_sinkhorn_iters": 3}
@@ -52,13 +58,21 @@ def run_config(
     data = replace(
         base().data, tokenizer=replace(base().data.tokenizer, kind="file", path="x", vocab_size=90)
     )
-    return replace(base(), model=tiny, train=train, data=data, precision=PrecisionConfig("x", dtype))
+    return replace(
+        base(),
+        model=tiny,
+        train=train,
+        data=data,
+        precision=PrecisionConfig("x", dtype, **vars(NAMED[precision])),
+    )
 
 
 def engine_for(config: RunConfig) -> Engine:
     dtype = getattr(torch, config.precision.compute_dtype)
     model = recompute.apply(initialize(ForCausalLM(config.model), 0), config.train.recompute)
-    return TorchEngine(model, config.optim, dtype)
+    engine = TorchEngine(model, config.optim, dtype, fp4_experts=config.fp4_experts)
+    engine.use(config.precision.at(0))
+    return engine
 
 
 def one_micro_batch(engine: Engine, config: RunConfig, last: bool = True) -> None:
@@ -180,6 +194,19 @@ def test_recomputed_attention(monkeypatch: pytest.MonkeyPatch, dtype: str, how: 
     monkeypatch.setattr(model.kernels.attention, "LOGIT_BUDGET", 30_000)  # three blocks of queries at once
     monkeypatch.setattr(model.kernels.indexer, "SCORE_BUDGET", 30_000)
     test_activations_are_those_of_real_tensors({}, {}, dtype, how)
+
+
+@pytest.mark.parametrize(("precision", "how"), [("fp8", "none"), ("fp4_qat", "selective")])
+def test_rounded_numbers(precision: str, how: str) -> None:
+    """References of FP8 and FP4 on a CPU."""
+    config = recomputing(run_config("ch", "bfloat16", precision=precision), how)
+    with Tracker("cpu") as tracker:
+        engine = engine_for(config)
+        one_micro_batch(engine, config)
+        before = tracker.restart()
+        one_micro_batch(engine, config)
+    batch = 5 * 8 * config.train.micro_batch * LENGTH
+    assert tracker.peak - before == predict(config).activations + batch
 
 
 def test_recomputing_needs_less_and_less() -> None:

@@ -13,13 +13,14 @@ from configs.errors import ConfigError
 from model.init import initialize
 from model.model import ForCausalLM
 from model.precision import Precision
-from model.quant import FP8_BLOCK, FP8_TILE, dequantise_fp4, quantise_fp8, round_fp4
+from model.quant import FP8_BLOCK, FP8_TILE, Block, dequantise_fp4, quantise_fp8, round_fp4
 from optim.partition import is_expert
 from tests.unit.train.test_engine import ALONE, load, run_config, uneven_batch
+from train import quantisation
 from train.config import RunConfig
 from train.engine import TorchEngine
 from train.loop import train_step
-from train.quantisation import fp4_metrics, fp4_statistics, fp8_metrics, fp8_statistics
+from train.quantisation import fp4_metrics, fp4_statistics, fp8_metrics, fp8_statistics, in_parts
 from train.sections import PrecisionConfig
 
 FP4 = Precision(fp4_experts=True)
@@ -129,6 +130,26 @@ def test_looking_changes_nothing() -> None:
     silent = replace(config, train=replace(config.train, log_every=100))
     seen, unseen = steps(engine_for(config), config, range(4)), steps(engine_for(silent), silent, range(4))
     assert [step["lm"] for step in seen] == [step["lm"] for step in unseen]
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "parts"),
+    [
+        ((5, 130, 70), FP8_BLOCK, 5),
+        ((300, 70), FP8_BLOCK, 3),
+        ((300, 70), FP8_TILE, 3),
+        ((0, 9), FP8_TILE, 1),
+    ],
+)
+def test_parts_are_as_good_as_the_whole(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], block: Block, parts: int
+) -> None:
+    x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2]).unsqueeze(-1)
+    assert len(list(in_parts(x))) == 1
+    monkeypatch.setattr(quantisation, "AT_ONCE", 1)
+    found = [fp8_statistics(part, block) for part in in_parts(x)]
+    assert len(found) == parts
+    torch.testing.assert_close(sum(found), fp8_statistics(x, block), rtol=1e-5, atol=0)
 
 
 def test_fp8_statistics_by_hand() -> None:

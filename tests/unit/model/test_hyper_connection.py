@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
-from model.hyper_connection import HyperConnection, HyperHead, PlainResidual, collapse
+from model.hyper_connection import HyperConnection, HyperHead, PlainResidual, collapse, mixed
 from model.init import initialize
 from model.kernels.sinkhorn import sinkhorn
 from model.model import ForCausalLM
@@ -55,6 +55,13 @@ def test_direction_by_example() -> None:
     post = torch.tensor([[[10.0, 100.0]]])
     new = HyperConnection(2, 1, 20, 1e-6, 1e-6).leave(torch.ones(1, 1, 1), streams, (post, comb))
     assert new.flatten().tolist() == [10.0, 103.0]
+
+
+def test_streams_are_mixed_alike_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, streams = random_streams(5, 3, 2, 4), random_streams(5, 3, 4, 6)
+    wanted = mixed(weights, streams)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert relative(mixed(weights, streams), wanted) < 1e-14
 
 
 def test_sinkhorn_by_loops() -> None:

@@ -159,7 +159,7 @@ def compare(ranks: Ranks, text: str) -> None:
                 limit = (1e-6 if name in LOSSES else 1e-5) * (1000 if loose else 1)
                 assert found[name] == pytest.approx(value, rel=limit), (case, step, name)
         tensors, reference = ours.gradients | ours.state, theirs.gradients | theirs.state  # no key of both
-        limit = 1e-2 if loose else 1e-5
+        limit = 5e-2 if loose else 1e-5
         for key, tensor in tensors.items():
             assert key.startswith("rng") or relative(tensor, reference[key]) < limit, (case, key)
         # Each weight once, and each moment, of sets that rest, too.
@@ -245,6 +245,7 @@ def test_only_the_indexer_warms_up(tmp_path: Path) -> None:
 def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:
     cases = [Case("adamw", stage=stage, dtype="bfloat16") for stage in (1, 2)]
     cases += [Case("adamw", mesh, dtype="bfloat16", dense=True) for mesh in ({}, {"ep": 2})]
+    cases += [Case("adamw", {"ep": 2, "cp": 2}, dtype="bfloat16")]
     run(cases, 2, tmp_path)
 
 
@@ -273,20 +274,14 @@ def test_every_mesh_of_gpus_equals_one(world: int, tmp_path: Path) -> None:
     run(cases, world, tmp_path, "cuda")
 
 
-def narrow_cases(world: int) -> list[Case]:
-    """bf16, FP8 and FP4 on a mesh, what backward computes again there, and the indexer alone."""
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_other_ways_to_compute_on_gpus(world: int, tmp_path: Path) -> None:
+    """bf16, FP4 and FP8 on a mesh, what backward computes again there, and the indexer alone."""
     meshes: list[dict[str, int]] = [{}, {"ep": world}, {"cp": min(world, 4)}, {"ep": world, "cp": 2}]
-    cases = [Case("adamw", mesh, dtype="bfloat16", mode="dense") for mesh in meshes]
-    cases += [Case("adamw", mesh, 1, "bfloat16", mode="dense") for mesh in meshes[:2]]
-    cases += [Case("adamw", mesh, dtype="bfloat16", dense=True, mode="dense") for mesh in meshes[:2]]
+    cases = [Case("adamw", mesh, dtype="bfloat16") for mesh in meshes]
+    cases += [Case("adamw", mesh, stage=1, dtype="bfloat16") for mesh in meshes[:2]]
     cases += [Case("adamw", mesh, recompute=how) for mesh in meshes[1:] for how in ("selective", "full")]
     cases += [Case("muon", mesh, mode="warmup") for mesh in ({"zero": 1}, meshes[-1])]
     cases += [Case("muon", mesh, precision=FP4) for mesh in meshes[:3]]
-    return [*cases, Case("adamw", dtype="bfloat16", precision=QAT)]
-
-
-@pytest.mark.parametrize(
-    ("world", "device"), [(2, "cpu"), *(pytest.param(n, "cuda", marks=GPU) for n in (2, 4, 8))]
-)
-def test_narrow_numbers_on_a_mesh(world: int, device: str, tmp_path: Path) -> None:
-    run(narrow_cases(world), world, tmp_path, device)
+    run([*cases, Case("adamw", dtype="bfloat16", precision=QAT)], world, tmp_path, "cuda")

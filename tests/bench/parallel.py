@@ -27,6 +27,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def communication(events: Iterable[dict[str, Any]]) -> Result:
         if not name.startswith("nccl"):
             busy.append(span)
             continue
-        kind = name.split("_")[1].partition("(")[0]  # such as ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)
+        kind = re.split(r"[_(<]", f"{name}_")[1]  # such as ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)
         for key in ("nccl", f"nccl/{kind}"):
             taken[key].append(span)
     found = {f"seconds/{key}": covered(spans) for key, spans in taken.items()}
@@ -219,7 +220,8 @@ def checkpoint(ranks: Ranks, options: argparse.Namespace) -> Iterator[Result]:
     first = saver.save(1, job.engine.state(), {})
     saver.wait()
     began = time.perf_counter()
-    stall, beside = saver.save(2, job.engine.state(), {}), []
+    stall = saver.save(2, job.engine.state(), {})
+    beside: list[float] = []
     while ranks.any(not saver.done) and len(beside) < MOST:
         beside.append(next(running)["seconds/step"])
     saver.wait()
@@ -231,16 +233,14 @@ def checkpoint(ranks: Ranks, options: argparse.Namespace) -> Iterator[Result]:
         "seconds/first_stall": first,
         "seconds/stall": stall,
         "seconds/step": statistics.median(seconds[options.warmup :]),
-        "seconds/step_beside": statistics.median(beside),
-        "seconds/longest_step_beside": max(beside),
-        "steps_beside": len(beside),
+        "seconds/steps_beside": beside,
     }
 
 
 def reshard(options: argparse.Namespace) -> Iterator[Result]:
     """Losses of six steps, two on each number of ranks, over those of six steps on N."""
     few = ["train.save_every=2", "train.eval_every=6", "train.log_every=1", "train.batch_tokens=16384"]
-    few += ["train.seq_len=512", "train.micro_batch=4", "train.sample_tokens=0"]
+    few += ["train.seq_len=512", "train.micro_batch=4", "train.sample_tokens=0", "train.checksum_every=1"]
     few += ["optim=adamw", "optim.warmup_steps=0", "optim.decay_fraction=0"]
     n, folder = options.ranks, options.folder
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.parallel import BENCHES, communication, options_of
+from tests.bench.table import parallel_rows, save_row
 from tests.distributed.ranks import spawn
 from tests.e2e.runs import SMALL
 from train.ranks import Ranks
@@ -21,11 +22,13 @@ TINY += [
     "model.index_n_heads=4",
     "model.index_head_dim=32",
 ]
-TINY += ["model.qk_rope_head_dim=16", "train.micro_batch=2", "train.seq_len=256", "optim.lr=1e-2"]
+TINY += ["model.qk_rope_head_dim=16", "train.micro_batch=1", "train.seq_len=256", "optim.lr=1e-2"]
+TWO = ["model.num_hidden_layers=2", "model.mlp_layer_types=[hash_moe,moe]"]
+TWO += ["model.layer_types=[compressed_sparse_attention,heavily_compressed_attention]"]
 COMMANDS = [
     ["throughput", *TINY, "--experts", "6"],
-    ["context", *TINY, "--lengths", "256", "512"],
-    ["checkpoint", *TINY],
+    ["context", *TINY, *TWO, "--lengths", "256", "512"],
+    ["checkpoint", *TINY, *TWO],
 ]
 
 
@@ -33,7 +36,7 @@ def smoke(ranks: Ranks, folder: str) -> None:
     for command in COMMANDS:
         options = options_of([*command, "--folder", folder, "--warmup", "1", "--steps", "2"])
         for result in BENCHES[options.bench](ranks, options):
-            print(json.dumps(result))
+            print(json.dumps({"bench": options.bench, "world": ranks.world, **result}))
 
 
 def test_two_ranks(tmp_path: Path) -> None:
@@ -47,8 +50,13 @@ def test_two_ranks(tmp_path: Path) -> None:
     for ours, theirs in zip(first[:4], second[:4], strict=True):
         assert ours["last_loss"] == theirs["last_loss"] < ours["first_loss"]
         assert ours["tokens_per_s_gpu"] == pytest.approx(ours["batch_tokens"] / ours["seconds/step"] / 2)
+    printed = [{"case": "", "device": "GPU"} | x for x in first]
+    one = printed[0] | {"world": 1, "tokens_per_s_gpu": 2 * bf16["tokens_per_s_gpu"]}
+    rows = parallel_rows([one, *printed])
+    assert [row[4] for row in rows] == ["1.00", "0.50", "", "", ""] and "512 tokens" in rows[4][0]
+    assert save_row(printed[-1])[1].endswith(" GB")
     assert fp4["first_loss"] < bf16["first_loss"]  # it goes on with the same weights
-    assert saved["gb"] > 1e-4 and saved["steps_beside"] >= 0 and saved["seconds/save"] > 0
+    assert saved["gb"] > 1e-4 and saved["seconds/save"] >= sum(saved["seconds/steps_beside"]) > 0
 
 
 def test_exposed_communication() -> None:

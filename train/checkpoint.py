@@ -354,10 +354,14 @@ class Saver:
         return self._newest
 
     @property
+    def done(self) -> bool:
+        """Whether this rank has no save in flight."""
+        return self._pending is None or self._pending.done()
+
+    @property
     def failed(self) -> bool:
         """Whether the last save has failed on this rank already; `wait` raises its error on all."""
-        pending = self._pending
-        return pending is not None and pending.done() and pending.exception() is not None
+        return self.done and self._pending is not None and self._pending.exception() is not None
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         """To the host, into the same memory as the time before while keys and shapes stay."""

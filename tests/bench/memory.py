@@ -65,10 +65,9 @@ PRECISIONS = [
 ]
 
 
-def random_batch(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
-    """One micro-batch of one document a row."""
-    rows, length = config.train.micro_batch, config.train.seq_len
-    depth = config.model.num_nextn_predict_layers
+def random_batch(config: RunConfig, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens [rows, S], one document a row."""
+    length, depth = config.train.seq_len, config.model.num_nextn_predict_layers
     ids = torch.randint(config.model.vocab_size, (rows, length + 1 + depth), device=device)
     position = torch.arange(length, device=device).expand(rows, -1).contiguous()
     further = [ids[:, i : i + length] for i in range(2, 2 + depth)]
@@ -94,7 +93,7 @@ def stages(
 
     def micro_batch(last: bool) -> None:
         options: dict[str, Any] = {"mode": config.attention_mode, "indexer_loss": config.indexer_loss}
-        output = engine(random_batch(config, ranks.device), **options)
+        output = engine(random_batch(config, config.train.micro_batch, ranks.device), **options)
         engine.backward(torch.stack([loss for loss, _ in output.losses.values()]).sum(), last)
 
     for step in range(1, steps + 1):

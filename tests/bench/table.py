@@ -20,6 +20,10 @@ DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
 KERNELS = ("kernel", "ms", "TFLOP/s or GB/s", "beside", "ratio", "hardware")
 MESHES = ("configuration", "GPUs", *MEMORY[1:], "seconds a step", "tokens/s", "hardware")
+SPEEDS = ("seconds a step", "tokens/s a GPU", "of one GPU's", "MFU", "peak memory", "NCCL, exposed")
+PARALLEL = ("what", "GPUs", *SPEEDS, "hardware")
+HOST = ("throughput", "context", "checkpoint", "reshard")  # kinds of `tests.bench.parallel`
+SAVES = ("GPUs", "checkpoint", "written in", "stall", "step", "steps beside it", "hardware")
 RECOMPUTE = ("configuration", "train.recompute", *MEMORY[1:], "seconds a step", "tokens/s")
 
 
@@ -92,6 +96,41 @@ def mesh_row(result: Result) -> Row:
     return (result["case"], str(result["world"]), *memory_row(result)[1:], *speed, result["device"])
 
 
+def parallel_row(result: Result, alone: Result | None) -> Row:
+    """Of `tests.bench.parallel throughput` and `context`, and the same on one GPU."""
+    name = result.get("precision") or f"{result['seq_len']:,} tokens, {result['mode']}"
+    name = " ".join(filter(None, [result["bench"], name, result["case"]]))
+    nccl, exposed = (result.get(f"seconds/nccl{part}") for part in ("", "_exposed"))
+    return (
+        name,
+        str(result["world"]),
+        f"{result['seconds/step']:.3f}",
+        f"{result['tokens_per_s_gpu']:,.0f}",
+        f"{result['tokens_per_s_gpu'] / alone['tokens_per_s_gpu']:.2f}" if alone else "",
+        f"{result['mfu']:.1%}" if "mfu" in result else "",
+        f"{result['memory_allocated_gib']:.1f} GiB" if "memory_allocated_gib" in result else "",
+        f"{nccl:.3f} s, {exposed:.3f} s" if nccl is not None else "",
+        result["device"],
+    )
+
+
+def parallel_rows(results: list[Result]) -> list[Row]:
+    """With more than one GPU beside one; what did not fit is left out."""
+    results = [r for r in results if r["bench"] in ("throughput", "context") and "error" not in r]
+    keys = ("bench", "case", "precision", "seq_len", "device")
+    alone = {tuple(map(r.get, keys)): r for r in results if r["world"] == 1}
+    return [parallel_row(r, alone.get(tuple(map(r.get, keys)))) for r in results]
+
+
+def save_row(result: Result) -> Row:
+    """Of `tests.bench.parallel checkpoint`."""
+    names = ("save", "stall", "step")
+    written, stall, step = (f"{result[f'seconds/{name}']:.3f} s" for name in names)
+    beside = ", ".join(f"{seconds:.3f}" for seconds in result["seconds/steps_beside"])
+    size = f"{result['gb']:.2f} GB"
+    return (str(result["world"]), size, written, stall, step, f"{beside} s", result["device"])
+
+
 def data_rows(result: Result) -> list[Row]:
     """Of `tests.bench.data`."""
     hardware = f"one core of {result['machine']}"
@@ -125,6 +164,8 @@ def print_table(columns: Row, rows: Iterable[Row]) -> None:
 
 def main(paths: list[str]) -> None:
     files = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
+    whole = [result for file in files for result in file if result.get("bench") in HOST]
+    files = [[result for result in file if result not in whole] for file in files]
     kernels = [result for file in files for result in file if "part" in result]
     meshes = [file for file in files if any(result.get("world", 1) > 1 for result in file)]
     results = [result for file in files if file not in meshes for result in file]
@@ -138,6 +179,8 @@ def main(paths: list[str]) -> None:
     print_table(MEMORY, (memory_row(result) for result in memory if result not in compared))
     print_table(KERNELS, map(kernel_row, kernels))
     print_table(MESHES, (mesh_row(result) for file in meshes for result in file))
+    print_table(PARALLEL, parallel_rows(whole))
+    print_table(SAVES, (save_row(result) for result in whole if "gb" in result))
     print_table(RECOMPUTE, (recompute_row(result) for result in compared))
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds that ranks may take
+GPU = pytest.mark.gpu
+DEVICES = ("cpu", pytest.param("cuda", marks=GPU))
 forks = get_context("forkserver")
 forks.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx", "train.zero", "train.run"])
 
@@ -24,8 +28,11 @@ def spawn(
     """Outputs of `module.function(ranks, *arguments)` on every rank; fails if any of them does.
 
     Ranks meet through a file in `folder`, so that tests that run at once need no ports. On a CPU they are
-    forks of a process that has imported what takes seconds to import.
+    forks of a process that has imported what takes seconds to import. On GPUs, over NCCL, each has one of
+    its own; the test is skipped where there are fewer.
     """
+    if device == "cuda" and world > (found := _gpus()):
+        pytest.skip(f"needs {world} GPUs, there are {found}")
     place = f"{function}-{world}-{len(list(folder.iterdir()))}"
     environment = {
         "OMP_NUM_THREADS": "1",
@@ -80,6 +87,12 @@ def _begin(environment: dict[str, str], log: Path, job: tuple[str, ...]) -> Call
             env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
     return lambda: process.wait(TIMEOUT)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _path() -> str:

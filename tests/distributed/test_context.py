@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionMode
 from model.model import ForCausalLM
-from tests.distributed.ranks import spawn
+from tests.distributed.ranks import DEVICES, spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
 from train.parallel.context import context_of
 from train.parallel.mesh import build_mesh
@@ -70,10 +70,11 @@ def compare(ranks: Ranks, cp: str) -> None:
     parts = context_of(mesh)
     for layers, mode, seed, dtype, recompute in CASES:
         config = tiny_config(layers, 1, compress_rates=RATES, num_nextn_predict_layers=1)
-        whole = packed_batch(rows_of(seed), LENGTH, depth=1)
+        batch = packed_batch(rows_of(seed), LENGTH, depth=1)
+        whole = {name: x.to(ranks.device) for name, x in batch.items()}
         each = len(whole["input_ids"]) // mesh.data_world
         mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
-        model = tiny_model(config).to(dtype)
+        model = tiny_model(config).to(ranks.device, dtype)
         wanted, experts, expected = losses_and_gradients(model, whole, mode)
         model.zero_grad()
         model.context = parts
@@ -91,6 +92,7 @@ def compare(ranks: Ranks, cp: str) -> None:
             assert relative(grad, expected[name]) <= (1e-9 if exact else 1e-5), (layers, name)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("world", "cp"), [(2, "2"), (4, "4"), (4, "2")])
-def test_equals_one_rank(world: int, cp: str, tmp_path: Path) -> None:
-    spawn(world, MODULE, "compare", cp, folder=tmp_path)
+def test_equals_one_rank(world: int, cp: str, device: str, tmp_path: Path) -> None:
+    spawn(world, MODULE, "compare", cp, folder=tmp_path, device=device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optim.config import OptimConfig
-from tests.distributed.ranks import spawn
+from tests.distributed.ranks import DEVICES, spawn
 from tests.tiny import packed_batch, tiny_config, tiny_model
 from train.engine import TorchEngine
 from train.evaluate import evaluate
@@ -27,7 +27,8 @@ RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
 def compare(ranks: Ranks, cp: str) -> None:
     mesh = build_mesh(ranks.rank, ranks.world, cp=int(cp))
     config = tiny_config("sch", 1, compress_rates=RATES, num_nextn_predict_layers=1)
-    engine = TorchEngine(tiny_model(config).to(torch.float64), OptimConfig(), torch.float64)
+    model = tiny_model(config).to(ranks.device, torch.float64)
+    engine = TorchEngine(model, OptimConfig(), torch.float64)
     whole = packed_batch(ROWS, LENGTH, depth=1) | {"sources": torch.tensor([0, 1, 1, -1])}
     each = len(ROWS) // mesh.data_world
     mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
@@ -49,6 +50,7 @@ def compare(ranks: Ranks, cp: str) -> None:
     assert ranks.share(over_ranks) == over_ranks
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cp", ["1", "2"])
-def test_two_ranks_equal_one(cp: str, tmp_path: Path) -> None:
-    spawn(2, MODULE, "compare", cp, folder=tmp_path)
+def test_two_ranks_equal_one(cp: str, device: str, tmp_path: Path) -> None:
+    spawn(2, MODULE, "compare", cp, folder=tmp_path, device=device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from tests.distributed.ranks import spawn
+from tests.distributed.ranks import GPU, spawn
 from train.ranks import FailedElsewhere, FailedHere, Ranks
 
 MODULE = "tests.distributed.test_ranks"
@@ -26,12 +26,15 @@ def failing(ranks: Ranks) -> None:
     assert ranks.together(lambda: ranks.rank) == ranks.rank
     assert ranks.together(lambda: "done", only_first=True) == ("done" if ranks.first else None)
     assert ranks.share(f"of {ranks.rank}") == "of 0"
-    assert ranks.any(ranks.rank == 2) and not ranks.any(False)
-    assert ranks.sum(torch.tensor([1.0, float(ranks.rank)])).tolist() == [3.0, 3.0]
+    assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+    for device in ("cpu", ranks.device):
+        count = ranks.sum(torch.tensor([1.0, ranks.rank == 1], device=device))
+        assert count.tolist() == [ranks.world, 1.0]
 
 
-def test_three_ranks(tmp_path: Path) -> None:
-    spawn(3, MODULE, "failing", folder=tmp_path)
+@pytest.mark.parametrize(("world", "device"), [(3, "cpu"), pytest.param(2, "cuda", marks=GPU)])
+def test_several_ranks(world: int, device: str, tmp_path: Path) -> None:
+    spawn(world, MODULE, "failing", folder=tmp_path, device=device)
 
 
 def test_alone_errors_are_ones_own() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from tests.distributed.ranks import spawn
+from tests.distributed.ranks import GPU, spawn
 from tests.distributed.test_zero import LENGTH, ROWS, config_of
 from tests.tiny import packed_batch, tiny_model
 from train.loop import train_step
@@ -21,21 +21,23 @@ from train.zero import ZeroEngine
 MODULE = "tests.distributed.test_replicas"
 
 
-def test_a_bit_that_differs_is_found(tmp_path: Path) -> None:
-    outputs = spawn(4, MODULE, "rank_flips_bits", folder=tmp_path)
+@pytest.mark.parametrize(("world", "device"), [(4, "cpu"), pytest.param(2, "cuda", marks=GPU)])
+def test_a_bit_that_differs_is_found(world: int, device: str, tmp_path: Path) -> None:
+    outputs = spawn(world, MODULE, "rank_flips_bits", folder=tmp_path, device=device)
     found = [line for output in outputs for line in output.splitlines() if line.startswith("step 7: ")]
-    flipped = [line.split()[1] for line in outputs[3].splitlines() if line.startswith("flipped ")]
+    flipped = [line.split()[1] for line in outputs[-1].splitlines() if line.startswith("flipped ")]
     assert len(found) == len(flipped) == 11
     for name, line in zip(flipped, sorted(found, key=lambda line: int(line.split("#")[1]))):
-        assert f" {name} is not the same on rank" in line and "rank 3" in line
+        assert f" {name} is not the same on rank" in line and f"rank {world - 1}" in line
 
 
 def rank_flips_bits(ranks: Ranks) -> None:
     """A step on meshes whose updates are repeated; then one bit at a time on the last rank."""
-    config, number = config_of("muon"), 0
-    for sizes, dense in (({"ep": 2, "zero": 2}, False), ({"zero": 2}, True)):
+    config, number, half = config_of("muon"), 0, ranks.world // 2
+    last = ranks.rank == ranks.world - 1
+    for sizes, dense in (({"ep": half, "zero": half}, False), ({"zero": half}, True)):
         mesh = build_mesh(ranks.rank, ranks.world, **sizes)
-        model = tiny_model(config.model)
+        model = tiny_model(config.model).to(ranks.device)
         engine = ZeroEngine(model, config.optim, torch.float32, mesh=mesh, shard_dense=dense)
         batch = packed_batch(ROWS, LENGTH, depth=config.model.num_nextn_predict_layers)
         mine = {name: x[mesh.data_rank :: mesh.data_world] for name, x in batch.items()}
@@ -43,14 +45,14 @@ def rank_flips_bits(ranks: Ranks) -> None:
         compare(engine.replicas(), ranks, 1)
         held = {replica.name: replica.tensor for replica in engine.replicas()}
         for name in chosen(list(held), dense):
-            if ranks.rank == 3:
+            if last:
                 print("flipped", name)
                 flip(held[name])
             with pytest.raises(ConfigError) as error:
                 compare(engine.replicas(), ranks, 7)
             if isinstance(error.value, FailedHere):
                 print(f"{error.value} #{number}")
-            if ranks.rank == 3:
+            if last:
                 flip(held[name])
             compare(engine.replicas(), ranks, 7)
             number += 1

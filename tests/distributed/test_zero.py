@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.model import ForCausalLM
 from model.precision import Precision
 from optim.config import OptimConfig
-from tests.distributed.ranks import spawn
+from tests.distributed.ranks import GPU, spawn
 from tests.tiny import packed_batch, relative, tiny_model
 from tests.unit.train.test_engine import run_config
 from train import recompute
@@ -150,14 +150,17 @@ def compare(ranks: Ranks, text: str) -> None:
         recompute.apply(model, case.recompute)
         zero = ZeroEngine(model, config.optim, compute, stage=case.stage, mesh=mesh, shard_dense=case.dense)
         ours, theirs = three_steps(zero, mine, config, ranks, case), known[numbers]
+        # bf16 rounds otherwise in products of other rows and in sums of another order; rows of two ranks that
+        # meet in one product are rounded once instead of twice.
+        narrow = case.dtype == "bfloat16"
+        loose = narrow and (mesh.cp_size > 1 or ranks.device.type == "cuda")
         for step, (found, wanted) in enumerate(zip(ours.logged, theirs.logged, strict=True)):
             assert found.keys() == wanted.keys()
             for name, value in wanted.items():
-                limit = 1e-6 if name in LOSSES else 1e-5
+                limit = (1e-6 if name in LOSSES else 1e-5) * (1000 if loose else 1)
                 assert found[name] == pytest.approx(value, rel=limit), (case, step, name)
         tensors, reference = ours.gradients | ours.state, theirs.gradients | theirs.state  # no key of both
-        # Rows of two ranks meet in one product under expert parallelism: bf16 rounds once instead of twice.
-        limit = 1e-2 if case.dtype == "bfloat16" and mesh.ep_size > 1 else 1e-5
+        limit = 5e-2 if loose else 1e-2 if narrow and mesh.ep_size > 1 else 1e-5
         for key, tensor in tensors.items():
             assert key.startswith("rng") or relative(tensor, reference[key]) < limit, (case, key)
         # Each weight once, and each moment, of sets that rest, too.
@@ -170,16 +173,18 @@ def round_experts(ranks: Ranks) -> None:
     config, case = config_of("adamw"), Case("adamw")
     whole = packed_batch(ROWS, LENGTH, depth=1, vocab=90)
     exact = three_steps(
-        TorchEngine(skewed_model(config.model), config.optim, torch.float32),
+        TorchEngine(skewed_model(config.model).to(ranks.device), config.optim, torch.float32),
         whole,
         config,
         Ranks(0, 1, ranks.device),
         case,
     )
-    mine = {name: x[ranks.rank * 2 :][:2] for name, x in whole.items()}
-    for ep in (1, 2):
+    each = len(ROWS) // ranks.world
+    mine = {name: x[ranks.rank * each :][:each] for name, x in whole.items()}
+    for ep in {1, ranks.world // 2}:
         mesh = build_mesh(ranks.rank, ranks.world, ep=ep)
-        engine = ZeroEngine(skewed_model(config.model), config.optim, torch.float32, mesh=mesh, rounded=True)
+        model = skewed_model(config.model).to(ranks.device)
+        engine = ZeroEngine(model, config.optim, torch.float32, mesh=mesh, rounded=True)
         errors = []
         for key, grad in three_steps(engine, mine, config, ranks, case).gradients.items():
             error = relative(grad, exact.gradients[key])
@@ -188,8 +193,9 @@ def round_experts(ranks: Ranks) -> None:
         assert min(errors) > 1e-4 and max(errors) > 1e-3, (ep, errors)  # it was rounded
 
 
-def test_rounded_gradients_of_experts(tmp_path: Path) -> None:
-    spawn(4, MODULE, "round_experts", folder=tmp_path)
+@pytest.mark.parametrize(("world", "device"), [(4, "cpu"), pytest.param(2, "cuda", marks=GPU)])
+def test_rounded_gradients_of_experts(world: int, device: str, tmp_path: Path) -> None:
+    spawn(world, MODULE, "round_experts", folder=tmp_path, device=device)
 
 
 def run(cases: list[Case], world: int, folder: Path, device: str = "cpu") -> None:
@@ -240,6 +246,7 @@ def test_only_the_indexer_warms_up(tmp_path: Path) -> None:
 def test_narrow_weights_have_exact_masters(tmp_path: Path) -> None:
     cases = [Case("adamw", stage=stage, dtype="bfloat16") for stage in (1, 2)]
     cases += [Case("adamw", mesh, dtype="bfloat16", dense=True) for mesh in ({}, {"ep": 2})]
+    cases += [Case("adamw", {"ep": 2, "cp": 2}, dtype="bfloat16")]
     run(cases, 2, tmp_path)
 
 
@@ -261,11 +268,21 @@ def test_fp4_experts_equal_one_process(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_every_mesh_of_gpus_equals_one(world: int, tmp_path: Path) -> None:
     """Over NCCL, one process a GPU."""
-    if world > torch.cuda.device_count():
-        pytest.skip(f"needs {world} GPUs")
     sizes = [size for size in (1, 2, 4, 8) if size <= world]
     meshes = [{"ep": ep, "cp": cp} for ep in sizes for cp in sizes if cp <= 4]  # 18 tokens a part, window 16
     cases = [Case("muon", mesh) for mesh in meshes] + [Case("adamw", mesh, stage=1) for mesh in meshes]
     cases += [Case("muon", {"zero": size}, dense=True) for size in sizes]
-    cases += [Case("adamw", {"ep": world}, dtype="bfloat16", dense=dense) for dense in (False, True)]
     run(cases, world, tmp_path, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_other_ways_to_compute_on_gpus(world: int, tmp_path: Path) -> None:
+    """bf16, FP4 and FP8 on a mesh, what backward computes again there, and the indexer alone."""
+    meshes: list[dict[str, int]] = [{}, {"ep": world}, {"cp": min(world, 4)}, {"ep": world, "cp": 2}]
+    cases = [Case("adamw", mesh, dtype="bfloat16") for mesh in meshes]
+    cases += [Case("adamw", mesh, stage=1, dtype="bfloat16") for mesh in meshes[:2]]
+    cases += [Case("adamw", mesh, recompute=how) for mesh in meshes[1:] for how in ("selective", "full")]
+    cases += [Case("muon", mesh, mode="warmup") for mesh in ({"zero": 1}, meshes[-1])]
+    cases += [Case("muon", mesh, precision=FP4) for mesh in meshes[:3]]
+    run([*cases, Case("adamw", dtype="bfloat16", precision=QAT)], world, tmp_path, "cuda")

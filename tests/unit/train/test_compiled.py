@@ -46,18 +46,16 @@ def results(net: Any, **options: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("mode", "how"), [("sparse", "full"), ("dense", "none"), ("warmup", "none")])
-def test_layers_are_one_graph(
-    traced: list[Any], mode: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_one_graph(traced: list[Any], mode: str, how: str) -> None:
+    """As near to fp32 as they are otherwise."""
     net, eager = model_of(how=how), model_of()
     compile_layers(net)
     assert len(traced) == 4 and not any(isinstance(module, HyperConnection) for module in traced)
     options = {"mode": mode, "indexer_loss": True}
-    with monkeypatch.context() as patch:  # streams are mixed by another formula then
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        exact = results(eager, **options)
-    for found, wanted in zip(results(net, **options), exact, strict=True):
-        assert relative(found, wanted) < 6e-2 or not wanted.any()
+    every = (results(net, **options) for net in (net, eager, model_of(torch.float32)))
+    for found, near, wanted in zip(*every, strict=True):
+        few = wanted.ndim and wanted.numel() < 64  # that cancel, if it is a gradient
+        assert few or relative(found, wanted) <= 2 * relative(near, wanted) + 1e-2
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     graphs = counters["stats"]["unique_graphs"]

@@ -31,8 +31,10 @@ def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def mixed(weights: Tensor, streams: Tensor) -> Tensor:
-    """weights [..., M, N] @ streams [..., N, D]. Libraries are slow with so few rows: a compiler, where there is
-    one, sums them up in the kernel of what surrounds it."""
+    """weights [..., M, N] @ streams [..., N, D].
+
+    Libraries are slow with so few rows; a compiler sums them up in the kernel of what surrounds it.
+    """
     if torch.compiler.is_compiling():
         return (weights.unsqueeze(-1) * streams.unsqueeze(-3)).sum(-2)
     return weights @ streams

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
     torch.manual_seed(0)
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    machine = {"bench": "attention", "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     for row in rows(args):
         line = json.dumps({key: _short(value) for key, value in (row | machine).items()})
         print(line, flush=True)

@@ -37,7 +37,7 @@ BF16 = torch.bfloat16
 
 def main() -> None:
     parts = {"scores": scores, "select": select, "dense": dense, "sparse": sparse, "pooling": pooling}
-    run(__doc__, parts, tune)
+    run("indexer", __doc__, parts, tune)
 
 
 def operands(length: int) -> tuple[Tensor, ...]:

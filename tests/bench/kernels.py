@@ -47,11 +47,12 @@ Part = Callable[[], Iterator[Row]]
 
 
 def main() -> None:
-    run(__doc__, {"dense": dense, "casts": casts, "grouped": grouped, "layer": layer}, tune)
+    parts = {"dense": dense, "casts": casts, "grouped": grouped, "layer": layer}
+    run("kernels", __doc__, parts, tune)
 
 
-def run(description: str | None, parts: dict[str, Part], tune: Part) -> None:
-    """Measure those of `parts` that the command line names, after `tune` where it asks for that."""
+def run(bench: str, description: str | None, parts: dict[str, Part], tune: Part) -> None:
+    """Measure those `parts` of `bench` that the command line names, after `tune` where it asks for that."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,7 +61,7 @@ def run(description: str | None, parts: dict[str, Part], tune: Part) -> None:
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
     torch.manual_seed(0)
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    machine = {"bench": bench, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     chosen = [parts[name] for name in args.only]
     for part in [tune, *chosen] if args.tune else chosen:
         for row in part():

@@ -19,6 +19,8 @@ ENGINE = ("model", "rows × steps", "engine", "seconds a step", "over torch", "o
 DATA = ("data", "measured", "of")
 MEMORY = ("configuration", "predicted", "measured", "predicted / measured")
 KERNELS = ("kernel", "ms", "TFLOP/s or GB/s", "beside", "ratio", "hardware")
+ATTENTION = ("attention", "tokens", "heads", "forward", "backward", "torch takes", "transformers takes")
+INDEXER = ("indexer and pooling", "ms", "TFLOP/s or GB/s", "torch or a copy takes")
 MESHES = ("configuration", "GPUs", *MEMORY[1:], "seconds a step", "tokens/s", "hardware")
 SPEEDS = ("seconds a step", "tokens/s a GPU", "of one GPU's", "MFU", "peak memory", "NCCL, exposed")
 PARALLEL = ("what", "GPUs", *SPEEDS, "hardware")
@@ -88,6 +90,38 @@ def kernel_row(result: Result) -> Row:
     how = "of its time" if part == "casts" else "as fast"
     name = f"{part}: {result['case'].replace('^3', '³')}"
     return (name, f"{time:.3f}", speed, beside, f"{result[ratio]:.2f} × {how}", result["device"])
+
+
+def attention_rows(results: list[Result]) -> list[Row]:
+    """Of `tests.bench.attention`: forward and backward of every case, and how much longer peers take."""
+    cases: dict[tuple[Any, ...], Result] = {}
+    for result in (r for r in results if r.get("part") != "tune"):
+        case = cases.setdefault((result["case"], result["length"], result["heads"]), {})
+        case[result.get("peer") or result.get("part") or "ours"] = result
+    rows = []
+    for (name, length, heads), case in cases.items():
+        ours = case["ours"]
+        speeds = (
+            f"{ours[f'{way}_ms']:.2f} ms, {ours[f'{way}_tflops']:.0f} TFLOP/s"
+            for way in ("forward", "backward")
+        )
+        peers = (case.get(peer) for peer in ("torch", "transformers"))
+        times = (
+            "" if peer is None else peer.get("error") or
+            f"{peer['forward_over']:.1f} ×, {peer['backward_over']:.1f} ×"
+            for peer in peers
+        )  # fmt: skip
+        rows.append((name.replace("_", " "), f"{length:,}", str(heads), *speeds, *times))
+    return rows
+
+
+def indexer_row(result: Result) -> Row:
+    """Of `tests.bench.indexer`."""
+    pooled = result["part"] == "pooling"
+    speed = f"{result['gb_per_s']:,.0f} GB/s" if pooled else f"{result['tflops']:.0f} TFLOP/s"
+    peer = result["over_floor"] if pooled else result.get("over_reference")
+    beside = "" if peer is None else f"{1 / peer if pooled else peer:.2f} ×"
+    return (f"{result['part']}: {result['case']}", f"{result['ms']:.3f}", speed, beside)
 
 
 def mesh_row(result: Result) -> Row:
@@ -166,6 +200,11 @@ def main(paths: list[str]) -> None:
     files = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
     whole = [result for file in files for result in file if result.get("bench") in HOST]
     files = [[result for result in file if result not in whole] for file in files]
+    attention, indexer = (
+        [result for file in files for result in file if result.get("bench") == name]
+        for name in ("attention", "indexer")
+    )
+    files = [[result for result in file if result not in attention + indexer] for file in files]
     kernels = [result for file in files for result in file if "part" in result]
     meshes = [file for file in files if any(result.get("world", 1) > 1 for result in file)]
     results = [result for file in files if file not in meshes for result in file]
@@ -178,6 +217,8 @@ def main(paths: list[str]) -> None:
     compared = [result for result in memory if " train.recompute=" in result["case"]]
     print_table(MEMORY, (memory_row(result) for result in memory if result not in compared))
     print_table(KERNELS, map(kernel_row, kernels))
+    print_table(ATTENTION, attention_rows(attention))
+    print_table(INDEXER, (indexer_row(result) for result in indexer if result["part"] != "tune"))
     print_table(MESHES, (mesh_row(result) for file in meshes for result in file))
     print_table(PARALLEL, parallel_rows(whole))
     print_table(SAVES, (save_row(result) for result in whole if "gb" in result))

@@ -12,7 +12,8 @@ from configs.errors import ConfigError
 from model.precision import NAMED
 
 ATTENTION_MODES = ("dense", "warmup", "sparse")
-CHANGES = ("attention_mode", "lr", "mtp_loss_weight", "precision")  # keys of a phase that are others' as well
+# Keys of a phase that are others' as well.
+CHANGES = ("attention_mode", "lr", "mtp_loss_weight", "indexer_loss_weight", "precision")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PhaseConfig:
     attention_mode   see `train.attention_mode`
     lr               peak learning rate; the warm-up and the decay at the end are the run's
     mtp_loss_weight  of multi-token prediction, before the decay
+    indexer_loss_weight  of the indexer's divergence from attention; 0: it does not learn
     precision        "bf16" (the compute dtype alone), "fp8" or "fp4_qat"
     weights          of sources in this phase, in place of those in data.sources; the others have none
     """
@@ -46,6 +48,7 @@ class PhaseConfig:
     attention_mode: str | None = None
     lr: float | None = None
     mtp_loss_weight: float | None = None
+    indexer_loss_weight: float | None = None
     precision: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
 
@@ -144,7 +147,7 @@ class Timeline:
 
 def _rules(config: PhaseConfig) -> dict[str, tuple[Any, bool, str]]:
     """Of keys that depend on no other phase: value, whether it is good, and what it must be."""
-    share, times, lr, mtp = config.share, config.seq_len_times, config.lr, config.mtp_loss_weight
+    share, times, lr = config.share, config.seq_len_times, config.lr
     ramp, weights = config.ramp_share, config.weights.values()
     checks = {
         "share": (
@@ -161,8 +164,10 @@ def _rules(config: PhaseConfig) -> dict[str, tuple[Any, bool, str]]:
         ),
         "attention_mode": (config.attention_mode in (None, *ATTENTION_MODES), " or ".join(ATTENTION_MODES)),
         "lr": (lr is None or 0 < lr < math.inf, "a number above 0"),
-        "mtp_loss_weight": (mtp is None or 0 <= mtp < math.inf, "a finite number, 0 or more"),
         "precision": (config.precision in (None, *NAMED), " or ".join(NAMED)),
         "weights": (not weights or min(weights) >= 0 < max(weights), "0 or more, not all 0"),
     }
+    for part in ("mtp_loss_weight", "indexer_loss_weight"):
+        weight = getattr(config, part)
+        checks[part] = (weight is None or 0 <= weight < math.inf, "a finite number, 0 or more")
     return {part: (getattr(config, part), *check) for part, check in checks.items()}

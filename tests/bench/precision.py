@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,21 +19,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from tests.bench.runs import run_all
 from train.metrics import read_lines
 
 ORDER = ("bf16", "fp8", "fp4_qat")
 SMOOTH = 10  # steps that a point of a curve is the mean of
-
-
-def train(folder: Path, precision: str, seed: int, experiment: str, overrides: list[str]) -> None:
-    """One run, unless it is there and complete."""
-    name = f"{precision}-{seed}"
-    if (folder / name / "curves.png").exists():  # the last thing that a run writes
-        return
-    keys = [f"experiment={experiment}", f"precision={precision}", f"train.seed={seed}", *overrides]
-    place = [f"run.dir={folder}", f"run.name={name}", "resume=auto", "train.sample_tokens=0"]
-    with (folder / f"{name}.log").open("w") as log:
-        subprocess.run([sys.executable, "-m", "train", *keys, *place], stdout=log, stderr=log, check=True)
 
 
 def result(folder: Path, precision: str, seed: int, experiment: str) -> dict[str, Any]:
@@ -109,16 +96,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--experiment", default="laptop")
     parser.add_argument("--seeds", type=int, default=1, help="of fp8 and fp4_qat; bf16 has three or as many")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on the GPUs in turn")
     parser.add_argument("--out", type=Path, required=True)
     options, overrides = parser.parse_known_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
     seeds = {name: range(options.seeds) for name in ORDER} | {"bf16": range(max(3, options.seeds))}
     every = [(name, seed) for name in ORDER for seed in seeds[name]]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        work = [pool.submit(train, options.runs, *run, options.experiment, overrides) for run in every]
-        for run in work:
-            run.result()
+    keys = [f"experiment={options.experiment}", *overrides]
+    runs = {f"{name}-{seed}": [*keys, f"precision={name}", f"train.seed={seed}"] for name, seed in every}
+    run_all(options.runs, runs, options.jobs)
     results = [result(options.runs, *run, options.experiment) for run in every]
     options.out.with_suffix(".jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in results))
     plot(results, options.out.with_suffix(".png"))

@@ -1,13 +1,19 @@
-"""The memory bench runs where there is no GPU; its rows can be printed, and those of attention's kernels."""
+"""The memory bench runs without a GPU; rows of benches can be printed; runs are told what they shall do."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from configs.compose import compose
 from tests.bench.memory import cases, measure
+from tests.bench.runs import _places, run_all
 from tests.bench.table import attention_rows, indexer_row, recompute_row
+from tests.bench.warmup import chance, phases, table
 from train.recompute import HOW
 
 TINY = [
@@ -55,3 +61,41 @@ def test_rows_of_attention_and_the_indexer() -> None:
     assert indexer_row(pooled) == ("pooling: CSA", "0.500", "1,234 GB/s", "0.25 ×")
     scores = {"part": "scores", "case": "S 4096", "ms": 0.5, "tflops": 99.6}
     assert indexer_row(scores) == ("scores: S 4096", "0.500", "100 TFLOP/s", "")
+
+
+def test_phases_of_a_warmup_and_its_table() -> None:
+    steps = {"dense": 4, "warmup": 2, "sparse": 3}
+    with_, without = (
+        compose(["experiment=nano", "optim.warmup_steps=1", *phases(steps, name)])
+        for name in ("with", "without")
+    )
+    assert [(p.name, p.first, p.stop) for p in with_.timeline] == [
+        ("dense", 0, 4),
+        ("warmup", 4, 6),
+        ("sparse", 6, 9),
+    ]
+    assert [(p.name, p.first, p.stop) for p in without.timeline] == [("dense", 0, 4), ("sparse", 4, 7)]
+    sets = [with_.at(step).trained_sets for step in (0, 4, 6)]
+    assert sets == [("model",), ("indexer",), ("model", "indexer")]
+    assert chance(4, 2) == pytest.approx((2 / 3 + 2 / 4) / 2)
+    rows = [{"model_step": 0, "step": 0, "valid_lm": 5.0}, {"model_step": 7, "step": 9, "valid_lm": 3.0}]
+    twin = [{"model_step": 7, "step": 7, "valid_lm": 4.0, "indexer_recall": 0.5}]
+    lines = table([{"steps": steps, "chance": 0.1, "valid": rows}, {"steps": steps, "valid": twin}])
+    assert lines[3] == "| step 9 | 7 | 3.0000 | 4.0000 |  | 0.500 |  |" and lines[-1] == "chance 0.100"
+
+
+def test_runs_share_the_gpus_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str | None] = {}
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> None:
+        seen[next(key for key in command if key.startswith("run.name="))[9:]] = env.get(
+            "CUDA_VISIBLE_DEVICES"
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "curves.png").touch()
+    run_all(tmp_path, {"a": [], "done": [], "b": []}, jobs=1)
+    assert seen == {"a": "3", "b": "3"}
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in _places(3)] == ["3", "5", "3"]

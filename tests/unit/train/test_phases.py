@@ -74,6 +74,7 @@ def test_a_phase_changes_other_parts_of_the_configuration() -> None:
         "attention_mode": "dense",
         "lr": 0.5,
         "mtp_loss_weight": 0.25,
+        "indexer_loss_weight": 0.0,
         "precision": "fp4_qat",
     }
     phases = [f"phases.a.{key}={value}" for key, value in changes.items()]
@@ -83,6 +84,7 @@ def test_a_phase_changes_other_parts_of_the_configuration() -> None:
     assert (first.train.attention_mode, second.train.attention_mode) == ("dense", "sparse")
     assert (first.optim.lr, second.optim.lr) == (0.5, config.optim.lr)
     assert (first.train.mtp_loss_weight, second.train.mtp_loss_weight) == (0.25, config.train.mtp_loss_weight)
+    assert (first.trained_sets, second.trained_sets) == (("model",), ("model", "indexer"))
     assert first.precision.at(0) == NAMED["fp4_qat"] and second.precision.at(99) == NAMED["bf16"]
     assert first.precision.compute_dtype == second.precision.compute_dtype == config.precision.compute_dtype
     assert config.fp4_experts and not compose(["train.steps=100"]).fp4_experts
@@ -102,6 +104,7 @@ def test_a_phase_changes_other_parts_of_the_configuration() -> None:
         ({"a": PhaseConfig(attention_mode="full")}, "phases.a.attention_mode is 'full'; it must be dense or"),
         ({"a": PhaseConfig(lr=0.0)}, "phases.a.lr is 0.0; it must be a number above 0"),
         ({"a": PhaseConfig(mtp_loss_weight=-1.0)}, "phases.a.mtp_loss_weight is -1.0"),
+        ({"a": PhaseConfig(indexer_loss_weight=-1.0)}, "phases.a.indexer_loss_weight is -1.0"),
         (
             {"a": PhaseConfig(precision="fp2")},
             "phases.a.precision is 'fp2'; it must be bf16 or fp8 or fp4_qat",

@@ -21,7 +21,8 @@ KINDS = 64  # of layers, in all their modes, shapes and precisions; beyond it to
 
 
 def compile_layers(model: ForCausalLM, whole: bool = True) -> None:
-    """Compile each layer, or only how its streams are mixed if it may not be `whole`.
+    """Compile each layer, or only how its streams are mixed if it may not be `whole` (on a CPU whole layers
+    compile for many minutes).
 
     Whole layers need all that they read on this rank, hide the operations between which
     `train.recompute=selective` chooses, and are in bf16: torch traces grouped products of nothing else.

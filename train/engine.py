@@ -222,7 +222,7 @@ class TorchEngine(Engine):
         self.clip_norm = config.clip_norm
         self.optimizer = HybridOptimizer(build_groups(self.masters.items(), model.config, config))
         if compiled:
-            compile_layers(self.model)
+            compile_layers(self.model, whole=self.model.lm_head.weight.is_cuda)
         self.activate(("model",))
 
     def backward(self, loss: Tensor, last: bool = True) -> None:

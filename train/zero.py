@@ -94,7 +94,7 @@ class ZeroEngine(Engine):
         if rounded:
             round_reduction(self.zero, self.mesh.experts)
         if compiled:
-            compile_layers(self.model, whole=self.shards is None)
+            compile_layers(self.model, whole=self.shards is None and device.type == "cuda")
         self.activate(("model",))
 
     def __call__(self, batch: Batch, **options: Any) -> ModelOutput:

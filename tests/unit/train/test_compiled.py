@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ from torch import nn
 
 from model.hyper_connection import HyperConnection
 from model.precision import Precision
+from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
+from tests.unit.train.test_engine import run_config, uneven_batch
 from train import recompute
 from train.compiled import compile_layers
+from train.loop import train_step
+from train.ranks import Ranks
+from train.zero import ZeroEngine
 
 BATCH = packed_batch([[40, 24], [64]], 64, depth=1)
 
@@ -80,3 +86,23 @@ def test_where_only_streams_are_compiled(case: str, traced: list[Any]) -> None:
         net.moes()[1].dispatcher = nn.Identity()
     compile_layers(net, whole=case != "shared")
     assert len(traced) == 16 and all(isinstance(module, HyperConnection) for module in traced)
+
+
+def zero_steps(ranks: Ranks) -> None:
+    """Steps of ZeRO, which takes gradients by hooks, with layers compiled and without."""
+
+    def trained(whole: bool) -> list[dict[str, float]]:
+        config = run_config(hc_sinkhorn_iters=2)
+        engine = ZeroEngine(tiny_model(config.model), config.optim, torch.bfloat16, stage=1)
+        if whole:
+            compile_layers(engine.model)
+        return [train_step(engine, uneven_batch(), config, i, ranks) for i in range(3)]
+
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+    for found, wanted in zip(trained(True), trained(False), strict=True):
+        for name in ("lm", "grad_norm_model"):  # bf16's rounding in other places
+            assert found[name] == pytest.approx(wanted[name], rel=0.05), name
+
+
+def test_zero(tmp_path: Path) -> None:
+    spawn(1, "tests.unit.train.test_compiled", "zero_steps", folder=tmp_path)

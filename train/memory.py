@@ -246,8 +246,8 @@ def micro_batch_peak(
 
     Gradients are freed once made, as if added to sums that exist; if it `grows`, these sums are made. Without
     a kernel of Sinkhorn's iterations, compiled hyper-connections keep no more for backward than eager ones do
-    of the first; of whole layers that are compiled, less is kept than is counted. What is measured for the log
-    lies under the peak (`train.quantisation.AT_ONCE`).
+    of the first; layers that are compiled whole keep less than is counted. What is measured for the log lies
+    under the peak (`train.quantisation.AT_ONCE`).
     """
     layer_types, mlp_layer_types = map(list, zip(*kinds, strict=True))
     changes: dict[str, Any] = {"layer_types": layer_types, "mlp_layer_types": mlp_layer_types}

@@ -61,9 +61,8 @@ def shared_kv_attention(
     attends to entries only. No [B, S, H, S] exists.
 
     On Hopper and newer bf16 and fp16 with 64 to 512 channels, a power of two, go through the kernels of
-    `shared_kv`. Gradients of selected entries that are gathered
-    (GATHER_ABOVE) then are added up in no fixed order, unless `torch.use_deterministic_algorithms` asks for
-    the same bits every time.
+    `shared_kv`. Gradients of selected entries that are gathered (GATHER_ABOVE) then are added up in no fixed
+    order, unless `torch.use_deterministic_algorithms` asks for the same bits every time.
     """
     return _attention(q, kv, entries, visible, sinks, positions, window, with_mass=False)[0]
 

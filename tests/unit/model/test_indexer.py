@@ -36,6 +36,17 @@ def attention_of(rows: list[list[int]], length: int, **changes: Any) -> tuple[An
     return attention, build_layout(config, batch["position_ids"], batch["document_ids"]), x
 
 
+@pytest.mark.parametrize("slots", [5, 6, 7, 8])
+def test_no_more_than_topk_are_selected(slots: int) -> None:
+    """Where there are as many slots, or fewer, all that are visible: nothing is compared."""
+    attention, layout, x = attention_of([[4 * slots]], 4 * slots, index_topk=6)
+    _, seen, _ = attention._far(x, x[..., : attention.q_a_proj.weight.shape[0]], x, layout, "sparse")
+    assert (seen.chosen is None) == (slots <= 6)
+    assert torch.equal(
+        seen.mask(slots).sum(-1), layout.slots[attention.layer_type].visible().sum(-1).clamp(max=6)
+    )
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("rows", "length", "topk"), [(ROWS, LENGTH, 6), (ROWS, LENGTH, 1), ([[20, 1], [3]], 22, 6), ([[3]], 3, 6)]

@@ -15,12 +15,13 @@ from model.model import ForCausalLM
 from model.precision import Precision
 from model.quant import FP8_BLOCK, FP8_TILE, Block, dequantise_fp4, quantise_fp8, round_fp4
 from optim.partition import is_expert
+from tests.tiny import packed_batch, tiny_config, tiny_model
 from tests.unit.train.test_engine import ALONE, load, run_config, uneven_batch
 from train import quantisation
 from train.config import RunConfig
 from train.engine import TorchEngine
 from train.loop import train_step
-from train.quantisation import fp4_metrics, fp4_statistics, fp8_metrics, fp8_statistics, in_parts
+from train.quantisation import fp4_metrics, fp4_statistics, fp8_metrics, fp8_statistics, in_parts, observed
 from train.sections import PrecisionConfig
 
 FP4 = Precision(fp4_experts=True)
@@ -150,6 +151,19 @@ def test_parts_are_as_good_as_the_whole(
     found = [fp8_statistics(part, block) for part in in_parts(x)]
     assert len(found) == parts
     torch.testing.assert_close(sum(found), fp8_statistics(x, block), rtol=1e-5, atol=0)
+
+
+def test_parts_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of a micro-batch of 160 rows, whatever is measured at once."""
+    model, found = tiny_model(tiny_config("sc", 1)), []
+    model.use(Precision(fp8=True))
+    for at_once in (quantisation.AT_ONCE, 1):
+        monkeypatch.setattr(quantisation, "AT_ONCE", at_once)
+        sums: dict[str, Tensor] = {}
+        with observed(model, Precision(fp8=True), sums):
+            model(**packed_batch([[160]], 160)).losses["lm"][0].backward()
+        found.append(torch.stack(list(sums.values())))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 
 
 def test_fp8_statistics_by_hand() -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -53,20 +54,31 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     of = {name: [r for r in results if r["precision"] == name] for name in ORDER}
     plain = [r["valid_lm"] for r in of["bf16"]]
     rows = [
-        "| experiment | precision | seeds | validation loss | mean over bf16's | same seed over bf16's |",
-        "|---|---|---|---|---|---|",
+        "| experiment | precision | seeds | validation loss | mean over bf16's | same seed over bf16's |"
+        " same batches, last half |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in of.items():
         twins = {r["seed"]: r["valid_lm"] for r in of["bf16"]}
         losses = [r["valid_lm"] for r in runs]
         pairs = [f"{r['valid_lm'] / twins[r['seed']] - 1:+.2%}" for r in runs if r["seed"] in twins]
+        halves = [late(r, other) for r in runs for other in of["bf16"] if other["seed"] == r["seed"]]
+        apart = " ".join(f"{middle:+.2%} ± {error:.2%}" for middle, error in halves)
         shown = " ".join(f"{loss:.4f}" for loss in losses)
         ratio = f"{mean(losses) / mean(plain) - 1:+.2%}"
         if name == "bf16":
-            ratio, pairs = f"±{(max(plain) - min(plain)) / 2 / mean(plain):.2%}", []
+            ratio, pairs, apart = f"±{(max(plain) - min(plain)) / 2 / mean(plain):.2%}", [], ""
         what = f"{runs[0]['experiment']}, {runs[0]['steps']} steps"
-        rows.append(f"| {what} | {name} | {len(runs)} | {shown} | {ratio} | {' '.join(pairs)} |")
+        rows.append(f"| {what} | {name} | {len(runs)} | {shown} | {ratio} | {' '.join(pairs)} | {apart} |")
     return rows
+
+
+def late(run: dict[str, Any], twin: dict[str, Any]) -> tuple[float, float]:
+    """How far the training losses of a run's last half are above those of its twin, on the same batches: mean
+    and standard error of the curves' points."""
+    half = len(run["losses"]) // 2
+    apart = [x / y - 1 for x, y in zip(run["losses"][half:], twin["losses"][half:])]
+    return mean(apart), (stdev(apart) if len(apart) > 1 else 0.0) / math.sqrt(len(apart))
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

@@ -12,6 +12,8 @@ from queue import Queue
 
 import torch
 
+FINISHED = "curves.png"  # the last thing that a run writes
+
 
 def run_all(folder: Path, runs: Mapping[str, list[str]], jobs: int) -> None:
     """`python -m train` with the keys of every name into folder/name, `jobs` at a time, its output into
@@ -43,7 +45,7 @@ def _places(jobs: int) -> list[dict[str, str]]:
 
 
 def _train(folder: Path, name: str, keys: list[str], place: dict[str, str]) -> None:
-    if (folder / name / "curves.png").exists():  # the last thing that a run writes
+    if (folder / name / FINISHED).exists():
         return
     own = [f"run.dir={folder}", f"run.name={name}", "resume=auto", "train.sample_tokens=0"]
     with (folder / f"{name}.log").open("w") as log:

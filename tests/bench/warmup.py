@@ -3,18 +3,19 @@
     python -m tests.bench.warmup --runs runs/warmup --jobs 2 --out tests/bench/results/NAME experiment=nano \\
         train.seq_len=2048 model.index_topk=64
 
-Two runs of one seed: both train the model densely, while the indexer does not learn; one then trains the
-indexer alone; both go on in sparse attention. Writes NAME.jsonl, what each run was in every validation (steps
-of the warm-up do not train the model: `model_step` leaves them out), and NAME.png, and prints a table. Recall
-is the share of attention to entries that goes to the selected ones (train/README.md); `chance` is that of a
-random selection under even attention. One entry in eight or fewer is to be selected, or there is little to
-learn.
+One run trains the model densely, while the indexer does not learn; two go on from its last checkpoint: one
+trains the indexer alone before sparse attention, one does not. Writes NAME.jsonl, what each run was in every
+validation (steps of the warm-up do not train the model: `model_step` leaves them out), and NAME.png, and
+prints a table. Recall is the share of attention to entries that goes to the selected ones (train/README.md);
+`best` is that of the best selection, `chance` that of a random selection under even attention. One entry in
+eight or fewer is to be selected, or there is little to learn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,16 +24,15 @@ import torch
 from matplotlib.figure import Figure
 
 from configs.compose import compose
-from tests.bench.runs import run_all
+from tests.bench.runs import FINISHED, run_all
 from train.metrics import read_lines
 
-RUNS = ("with", "without")
+RUNS = {"with": ("dense", "warmup", "sparse"), "without": ("dense", "sparse")}
 
 
-def phases(steps: dict[str, int], name: str) -> list[str]:
-    """Configuration of a run; a warm-up is left out by leaving out its phase."""
+def phases(steps: dict[str, int], *chosen: str) -> list[str]:
+    """Configuration of a run of these phases."""
     every = {"dense": ["indexer_loss_weight=0"], "warmup": [], "sparse": []}
-    chosen = [phase for phase in every if name == "with" or phase != "warmup"]
     keys = [f"train.steps={sum(steps[phase] for phase in chosen)}", "optim.decay_fraction=0"]
     for phase in chosen:
         parts = f"attention_mode={phase}", f"steps={steps[phase]}", *every[phase]
@@ -110,7 +110,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options, overrides = parser.parse_known_args()
     steps = dict(zip(("dense", "warmup", "sparse"), options.steps))
-    runs = {name: [*overrides, *phases(steps, name)] for name in RUNS}
+    run_all(options.runs, {"dense": [*overrides, *phases(steps, "dense")]}, jobs=1)
+    runs = {name: [*overrides, *phases(steps, *chosen)] for name, chosen in RUNS.items()}
+    for name in runs:
+        if not (options.runs / name).exists():
+            begun = options.runs / f"{name}.copy"
+            shutil.copytree(
+                options.runs / "dense", begun, ignore=shutil.ignore_patterns(FINISHED), dirs_exist_ok=True
+            )
+            begun.rename(options.runs / name)
     run_all(options.runs, runs, options.jobs)
     results = [result(options.runs, name, steps, keys) for name, keys in runs.items()]
     options.out.with_suffix(".jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in results))

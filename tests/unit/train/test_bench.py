@@ -13,7 +13,7 @@ from configs.compose import compose
 from tests.bench.memory import cases, measure
 from tests.bench.runs import _places, run_all
 from tests.bench.table import attention_rows, indexer_row, recompute_row
-from tests.bench.warmup import chance, phases, table
+from tests.bench.warmup import RUNS, chance, phases, table
 from train.recompute import HOW
 
 TINY = [
@@ -66,8 +66,8 @@ def test_rows_of_attention_and_the_indexer() -> None:
 def test_phases_of_a_warmup_and_its_table() -> None:
     steps = {"dense": 4, "warmup": 2, "sparse": 3}
     with_, without = (
-        compose(["experiment=nano", "optim.warmup_steps=1", *phases(steps, name)])
-        for name in ("with", "without")
+        compose(["experiment=nano", "optim.warmup_steps=1", *phases(steps, *chosen)])
+        for chosen in RUNS.values()
     )
     assert [(p.name, p.first, p.stop) for p in with_.timeline] == [
         ("dense", 0, 4),

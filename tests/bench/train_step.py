@@ -6,8 +6,9 @@ A step is `--accumulate` micro-batches of `--batch` sequences and one optimizer 
 compute, uniformly random tokens, learned routing (nothing forced), no MTP (transformers has none), weights
 drawn by each side's own initialisation, the same process, one after the other. Fourfold: TorchEngine with
 fp32 masters, Muon, balance loss and bias update; `--reference` adds it with torch's operations in place of
-our kernels. transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times are
-medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16 peak with
+our kernels, `--anticipate` with experts that a forward pass chose beforehand, as after a spike
+(`train.recovery`). transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times
+are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16 peak with
 `model.flops` for all.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +35,7 @@ from train.engine import TorchEngine
 from train.loop import micro_batches, train_step
 from train.metrics import peak_flops
 from train.ranks import Ranks
+from train.recovery import choose_experts
 
 CUDA = torch.device("cuda")
 
@@ -68,12 +71,20 @@ def random_batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
     }
 
 
-def fourfold(config: RunConfig, rows: int, warmup: int, steps: int) -> dict[str, float]:
+def fourfold(
+    config: RunConfig, rows: int, warmup: int, steps: int, anticipate: bool = False
+) -> dict[str, float]:
     with CUDA:
         model = ForCausalLM(config.model)
     engine = TorchEngine(initialize(model, 0), config.optim, torch.bfloat16, config.train.compile)
-    batches = [random_batch(config, rows) for _ in range(4)]
-    return timed(lambda i: train_step(engine, batches[i % 4], config, i, Ranks(0, 1, CUDA)), warmup, steps)
+    batches, ranks = [random_batch(config, rows) for _ in range(4)], Ranks(0, 1, CUDA)
+
+    def step(i: int) -> None:
+        batch = batches[i % 4]
+        routing = choose_experts(engine, batch, config, ranks) if anticipate else []
+        train_step(engine, batch, config, i, ranks, routing=routing)
+
+    return timed(step, warmup, steps)
 
 
 def reference(*arguments: Any) -> dict[str, float]:
@@ -117,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--reference", action="store_true", help="also without our kernels")
+    parser.add_argument("--anticipate", action="store_true", help="also with routing chosen beforehand")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
@@ -136,6 +148,8 @@ def main() -> None:
         sides: dict[str, Callable[..., dict[str, float]]] = {"fourfold": fourfold}
         if args.reference:
             sides["fourfold without kernels"] = reference
+        if args.anticipate:
+            sides["fourfold, anticipating"] = partial(fourfold, anticipate=True)
         if not args.no_peer:
             sides["transformers"] = peer
         for name, side in sides.items():

@@ -1,6 +1,6 @@
 """Shared-KV attention's kernels on one Hopper GPU, at V4's shapes.
 
-    python -m tests.bench.attention [--out FILE] [--heads 64] [--lengths 4096 16384 65536] [--only csa]
+    python -m tests.bench.attention [--out FILE] [--heads 64] [--lengths 4096 16384 65536] [--only csa] [--no-peer]
 
     sliding    a window of 128 tokens
     hca        and all entries, one for 128 tokens
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--tune", action="store_true", help="try settings of the kernels, at the first length"
     )
+    parser.add_argument("--no-peer", action="store_true", help="kernels alone")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -115,7 +116,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     for length in args.lengths:
         for case in args.only:
             use(case)
-            yield from measured(case, length, args.heads)
+            yield from measured(case, length, args.heads, not args.no_peer)
             torch.cuda.empty_cache()
 
 
@@ -153,7 +154,7 @@ def selected(end: Tensor, slots: int, count: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def measured(case: str, length: int, heads: int) -> Iterator[Row]:
+def measured(case: str, length: int, heads: int, peers: bool = True) -> Iterator[Row]:
     p = problem(case, length, heads)
     near, far = p.pairs()
     tera = 2 * CHANNELS * heads * (near + far) / 1e12  # of one product
@@ -171,7 +172,7 @@ def measured(case: str, length: int, heads: int) -> Iterator[Row]:
             (both,) = milliseconds(lambda: attention_and_mass(*known))
         mass = tera * far / (near + far) / (both - forward) * 1e3
         yield row | {"part": "mass", "ms": both - forward, "tflops": mass}
-    for name, attend in (("torch", in_torch), ("transformers", in_transformers)):
+    for name, attend in (("torch", in_torch), ("transformers", in_transformers)) if peers else ():
         try:
             with torch.no_grad():
                 (theirs,) = milliseconds(partial(attend, p), samples=3, in_a_row=1)

@@ -1,6 +1,6 @@
 """Shared-KV attention's kernels on one Hopper GPU, at V4's shapes.
 
-    python -m tests.bench.attention [--out FILE] [--heads 64] [--lengths 4096 16384 65536] [--only csa] [--no-peer]
+    python -m tests.bench.attention [--out FILE] [--heads 64] [--lengths 4096 16384] [--only csa] [--no-peer]
 
     sliding    a window of 128 tokens
     hca        and all entries, one for 128 tokens

@@ -49,6 +49,7 @@ from train.resume import (
     unless_rolled_back,
 )
 from train.sample import generate
+from train.saving import Saver
 from train.spikes import rollbacks
 from train.tracking import Tracker
 from train.watch import connect
@@ -68,7 +69,7 @@ class Run:
     data: Data
     engine: Engine
     report: Report
-    saver: checkpoint.Saver
+    saver: Saver
     tracker: Tracker
     recovery: Recovery
     tracking: dict[str, str] = field(default_factory=dict)  # e.g. the W&B run's id
@@ -277,7 +278,7 @@ def _open(config: RunConfig, ranks: Ranks) -> Run:
     engine.use(config.at(step).precision.at(step))
     ranks.together(lambda: _prepare(folder, config, step if resumed else -1), only_first=True)
     train = config.train
-    saver = checkpoint.Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
+    saver = Saver(folder / "checkpoints", train.keep_last, train.keep_every, ranks.files)
     recovery = find_recovery(config, folder, ranks)
     data.train.passed_over = recovery.passed_over
     tracker = Tracker(report.warn)

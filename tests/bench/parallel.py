@@ -46,7 +46,7 @@ from configs.compose import compose
 from model.flops import training_flops_per_token
 from model.precision import NAMED
 from tests.bench.memory import random_batch
-from train.checkpoint import Saver, all_steps, read_manifest
+from train.checkpoint import all_steps, read_manifest
 from train.config import RunConfig
 from train.engine import Batch, Engine
 from train.loop import train_step
@@ -55,6 +55,7 @@ from train.metrics import Timer, memory, peak_flops, read_lines
 from train.parallel.mesh import Mesh
 from train.ranks import Ranks, join
 from train.run import bucket_bytes, build_engine, make_mesh
+from train.saving import Saver
 
 Result = dict[str, Any]
 Interval = tuple[float, float]

@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.errors import ConfigError
+from model.flops import count_parameters
 from model.kernels.gpu import BODIES, runs_kernels
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
 from optim.partition import View, is_expert, whole_views
 from train import recompute
+from train.adapter import BUCKET
 from train.config import RunConfig
 from train.parallel import standins
 from train.parallel.dense import sharded_names
@@ -134,6 +136,16 @@ def predict(config: RunConfig, mesh: Mesh = ALONE, buckets: int = 0) -> Memory:
     """The memory of each rank of a run on `mesh` whose engine reduces in `buckets` bytes."""
     apart = _apart_from_activations(config, mesh, buckets)
     return Memory(**apart, activations=_activations(config, mesh))
+
+
+def bucket_bytes(config: RunConfig, mesh: Mesh, device: torch.device) -> int:
+    """What DeepSpeed reduces gradients in; the bare engine has none."""
+    if config.parallel.engine == "torch":
+        return 0
+    count = count_parameters(config.model)
+    numbers = min(BUCKET, count.total + count.mtp)
+    overlapping = mesh.world > 1 and device.type == "cuda"  # one fills while the other travels
+    return 4 * numbers * (2 if overlapping else 1)
 
 
 def _apart_from_activations(config: RunConfig, mesh: Mesh, buckets: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Weights, masters, gradients and moments are sums over the model's shapes. What a micro-batch and a step of the
 optimizer add is measured: model and optimizer run on the meta device, where tensors have shapes and no
-numbers, while a `Tracker` adds up what lives: what kernels allocate, where the device will run them
+numbers, while a `MemTracker` adds up what lives: what kernels allocate, where the device will run them
 (`model.kernels.gpu.planned_for_kernels`), else what their torch references do. CUDA is not touched.
 `python -m train.plan` prints the table for any number of ranks.
 """
@@ -85,7 +85,7 @@ class Memory:
         return self.masters + max(self.build, self.weights + self.moments + self.buffers + peak)
 
 
-class Tracker(TorchDispatchMode):
+class MemTracker(TorchDispatchMode):
     """Counts the bytes of storages made on `device` while entered, in blocks of 512 like CUDA's allocator.
 
     What one of torch's operations takes and returns within itself is not seen; on the meta device, what one
@@ -274,7 +274,7 @@ def micro_batch_peak(
             sums.append(parameter.grad.float())
         parameter.grad = None
 
-    with Tracker() as tracker:
+    with MemTracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
             model.use(config.precision.at(config.precision.qat_start))
@@ -301,7 +301,7 @@ def _scratch(group: dict[str, Any], views: Sequence[View]) -> int:
         for shape, count in matrices.items()
         for _ in range(min(count, max(1, SATURATED // math.prod(shape))))
     ] or [(1, sum(view.piece.numel for view in views))]
-    with torch.no_grad(), Tracker() as tracker, torch.device("meta"):
+    with torch.no_grad(), MemTracker() as tracker, torch.device("meta"):
         a, b, c, d = ([torch.empty(shape) for shape in shapes] for _ in range(4))
         before = tracker.restart()
         if muon:

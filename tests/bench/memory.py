@@ -11,7 +11,7 @@ Every line of JSON has the prediction by category and, for every stage, its seco
 were allocated to tensors and reserved from the driver: `build` (the engine), then in every step `micro_1` and
 on (forward and backward) and `step` (the optimizer). Moments are made in the first step, which warms up;
 `seconds` is the median of the others. Random tokens; the bytes do not depend on them. `parallel=single` is
-the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0 prints. Without a GPU a `Tracker`
+the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0 prints. Without a GPU a `MemTracker`
 counts, which is slow: for trying this program with a tiny model.
 """
 
@@ -39,7 +39,7 @@ from model.kernels.gpu import has_kernels, planned_for_kernels
 from model.precision import NAMED
 from train.build import build_engine, make_mesh
 from train.config import RunConfig
-from train.memory import Tracker, bucket_bytes, predict
+from train.memory import MemTracker, bucket_bytes, predict
 from train.ranks import Ranks, join
 from train.recompute import HOW
 
@@ -116,7 +116,7 @@ def on_gpu(work: Callable[[], object]) -> dict[str, float]:
     }
 
 
-def on_cpu(work: Callable[[], object], tracker: Tracker) -> dict[str, float]:
+def on_cpu(work: Callable[[], object], tracker: MemTracker) -> dict[str, float]:
     """Seconds and bytes of `work`, by the tracker that has seen everything before."""
     tracker.restart()
     began = time.perf_counter()
@@ -145,7 +145,7 @@ def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     }
     measured: dict[str, dict[str, float]] = {}
     try:
-        with nullcontext() if cuda else Tracker("cpu") as tracker:
+        with nullcontext() if cuda else MemTracker("cpu") as tracker:
             for name, work in stages(config, ranks, micros, steps):
                 measured[name] = on_gpu(work) if tracker is None else on_cpu(work, tracker)
     except RuntimeError as error:

@@ -26,10 +26,11 @@ from model.hf import config_of, keys_of_names, read_json, tensor_files
 from model.quant import FP4_BLOCK, FP8_BLOCK, Block, Quantised, dequantise, dequantise_fp4
 from optim.partition import Piece
 from train import cli
-from train.checkpoint import Tensors, write
+from train.checkpoint import Tensors
 from train.config import RunConfig
 from train.export import TOKENIZER, matrices, model_specs
 from train.resume import new_folder
+from train.saving import write
 from train.sections import RunDirConfig
 
 FLOATS, INTEGERS = (torch.float32, torch.bfloat16, torch.float16), (torch.int64, torch.int32)

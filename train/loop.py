@@ -17,13 +17,15 @@ from optim.schedule import decay_start, lr_at
 from train.config import RunConfig
 from train.engine import Batch, Engine, micro_batches
 from train.metrics import Timer, expert_metrics, floats, memory, peak_flops
+from train.opening import open_run
 from train.quantisation import fp8_metrics, observed
-from train.ranks import FailedHere, Ranks
+from train.ranks import Ranks
 from train.recovery import Routes, recover
 from train.replicas import compare
-from train.run import Run, open_run
+from train.run import Run
 from train.spikes import Point
 from train.stop import Stop
+from train.watch import FailedHere
 
 
 def train_step(

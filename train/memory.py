@@ -2,7 +2,7 @@
 
 Weights, masters, gradients and moments are sums over the model's shapes. What a micro-batch and a step of the
 optimizer add is measured: model and optimizer run on the meta device, where tensors have shapes and no
-numbers, while a `Tracker` adds up what lives: what kernels allocate, where the device will run them
+numbers, while a `MemTracker` adds up what lives: what kernels allocate, where the device will run them
 (`model.kernels.gpu.planned_for_kernels`), else what their torch references do. CUDA is not touched.
 `python -m train.plan` prints the table for any number of ranks.
 """
@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.errors import ConfigError
+from model.flops import count_parameters
 from model.kernels.gpu import BODIES, runs_kernels
 from model.model import ForCausalLM, stays_fp32
 from optim.groups import build_groups
 from optim.muon import adamw_step, muon_step
 from optim.partition import View, is_expert, whole_views
 from train import recompute
+from train.adapter import BUCKET
 from train.config import RunConfig
 from train.parallel import standins
 from train.parallel.dense import sharded_names
@@ -83,7 +85,7 @@ class Memory:
         return self.masters + max(self.build, self.weights + self.moments + self.buffers + peak)
 
 
-class Tracker(TorchDispatchMode):
+class MemTracker(TorchDispatchMode):
     """Counts the bytes of storages made on `device` while entered, in blocks of 512 like CUDA's allocator.
 
     What one of torch's operations takes and returns within itself is not seen; on the meta device, what one
@@ -134,6 +136,16 @@ def predict(config: RunConfig, mesh: Mesh = ALONE, buckets: int = 0) -> Memory:
     """The memory of each rank of a run on `mesh` whose engine reduces in `buckets` bytes."""
     apart = _apart_from_activations(config, mesh, buckets)
     return Memory(**apart, activations=_activations(config, mesh))
+
+
+def bucket_bytes(config: RunConfig, mesh: Mesh, device: torch.device) -> int:
+    """What DeepSpeed reduces gradients in; the bare engine has none."""
+    if config.parallel.engine == "torch":
+        return 0
+    count = count_parameters(config.model)
+    numbers = min(BUCKET, count.total + count.mtp)
+    overlapping = mesh.world > 1 and device.type == "cuda"  # one fills while the other travels
+    return 4 * numbers * (2 if overlapping else 1)
 
 
 def _apart_from_activations(config: RunConfig, mesh: Mesh, buckets: int) -> dict[str, Any]:
@@ -262,7 +274,7 @@ def micro_batch_peak(
             sums.append(parameter.grad.float())
         parameter.grad = None
 
-    with Tracker() as tracker:
+    with MemTracker() as tracker:
         with torch.device("meta"):
             model = ForCausalLM(model_config).cast(getattr(torch, config.precision.compute_dtype))
             model.use(config.precision.at(config.precision.qat_start))
@@ -289,7 +301,7 @@ def _scratch(group: dict[str, Any], views: Sequence[View]) -> int:
         for shape, count in matrices.items()
         for _ in range(min(count, max(1, SATURATED // math.prod(shape))))
     ] or [(1, sum(view.piece.numel for view in views))]
-    with torch.no_grad(), Tracker() as tracker, torch.device("meta"):
+    with torch.no_grad(), MemTracker() as tracker, torch.device("meta"):
         a, b, c, d = ([torch.empty(shape) for shape in shapes] for _ in range(4))
         before = tracker.restart()
         if muon:

@@ -14,11 +14,10 @@ from configs.errors import ConfigError
 from model.kernels.gpu import planned_for_kernels
 from model.precision import products
 from train import cli
-from train.memory import GIB, predict
+from train.build import mesh_of
+from train.memory import GIB, bucket_bytes, predict
 from train.memory import table as memory_table
 from train.parallel.volume import volume
-from train.ranks import Ranks
-from train.run import bucket_bytes, mesh_of
 from train.sections import PrecisionConfig
 
 HELP = """\
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
     config = config.at(config.train.steps)
     config.check_ranks(options.ranks)
     mesh = mesh_of(config, options.ranks)
-    buckets = bucket_bytes(config, Ranks(0, options.ranks, torch.device("cuda")))
+    buckets = bucket_bytes(config, mesh, torch.device("cuda"))
     console = Console(highlight=False)
     console.print(precision_table(config.precision))
     with planned_for_kernels(options.gpu == "hopper" and config.train.device != "cpu"):

@@ -17,8 +17,6 @@ from torch.distributed.rendezvous import rendezvous
 from configs.errors import ConfigError
 from train.watch import FailedElsewhere, FailedHere, Job, Watch, this_attempt
 
-__all__ = ["FailedElsewhere", "FailedHere", "Ranks", "join"]
-
 LONG = timedelta(days=7)  # while one rank writes or exports; the watch sees if it dies
 Result = TypeVar("Result")
 

@@ -1,28 +1,47 @@
-"""Where a run goes on: which checkpoint, in which folder, and what of an abandoned branch is dropped."""
+"""Where a run goes on: which checkpoint, in which folder, with what state, and what is dropped before."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from torch.distributed import Store
 
-from configs.compose import from_yaml
+from configs.compose import differences, from_yaml, to_yaml
 from configs.errors import ConfigError
+from data.opening import Data
 from model.config import ModelConfig
 from train import checkpoint
 from train.config import RunConfig
+from train.engine import Engine
 from train.metrics import keep_until
 from train.sections import RunDirConfig
 from train.spikes import keep_spikes, read_spikes, rollbacks
+from train.watch import connect
 
 BEGUN = "fourfold/run"  # the run that a job has begun, in torchrun's store, which outlives its processes
 LOGS = ("metrics.jsonl", "timing.jsonl")
+LOSS_WEIGHTS = ("model.router_aux_loss_coef",)  # of the model's keys, what a resumed run may change
+
+
+def find_run(config: RunConfig, warn: Callable[[str], None]) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint that it goes on from."""
+    store = connect()
+    config = restarted(config, store)
+    resumed = find_checkpoint(config, warn)
+    resumed = resumed and unless_rolled_back(resumed, warn)
+    folder = run_of(resumed) if resumed else new_folder(config)
+    remember(folder, store)
+    if resumed and checkpoint.step_of(resumed) > config.train.steps:
+        raise ConfigError(f"train.steps is {config.train.steps}, but {resumed} is beyond it; train longer")
+    return folder, resumed
 
 
 def find_checkpoint(
@@ -141,6 +160,52 @@ def new_folder(config: RunConfig) -> Path:
             f"run.name: {folder} exists already; choose another run.name, or continue with resume=auto"
         )
     return folder
+
+
+def restore(
+    folder: Path, config: RunConfig, engine: Engine, data: Data
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put a checkpoint's state into the data and the engine's tensors; returns its manifest and these."""
+    manifest = checkpoint.read_manifest(folder)
+    for line in differences(manifest["config"], config):
+        key = line.partition(":")[0]
+        if key.startswith("model.") and key not in LOSS_WEIGHTS:
+            raise ConfigError(f"resume: the checkpoint is of another model ({line}); restore that key")
+    if manifest["tokenizer"] != data.tokenizer.fingerprint:
+        meant = (
+            config.data.on_change == "restart" and config.data.tokenizer.kind != "bpe" and manifest["data"]
+        )
+        if not meant:  # a BPE is another one as soon as the text is: nobody wants the model to change with it
+            kept = f"{folder}/tokenizer.json"
+            raise ConfigError(
+                f"data.tokenizer: is another one than {kept}; restore its keys, or keep that one:"
+                f" data.tokenizer.kind=file data.tokenizer.path={kept}"
+            )
+    if manifest["data"]:  # imported weights have seen no data
+        data.train.load_state_dict(manifest["data"])
+    with checkpoint.open_tensors(folder) as stored:
+        targets = engine.state_to_load({key: stored.shape(key) for key in stored})
+    checkpoint.load(folder, targets)
+    return manifest, targets
+
+
+def changes(manifest: Mapping[str, Any], config: RunConfig, world: int) -> list[str]:
+    """What is not as it was when the checkpoint was saved, a line for each."""
+    places = ("resume:", "run.")
+    changed = [line for line in differences(manifest["config"], config) if not line.startswith(places)]
+    if manifest["world"] != world:
+        changed.append(f"ranks: {manifest['world']} -> {world}")
+    return changed
+
+
+def prepare_folder(folder: Path, config: RunConfig, step: int) -> None:
+    """The run's folder as it was after `step`, with today's configuration."""
+    try:
+        drop_after(folder, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder}: {error.strerror}; choose another, or mend it") from error
 
 
 def drop_after(folder: Path, step: int) -> None:

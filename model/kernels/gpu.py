@@ -22,6 +22,7 @@ except ImportError:
 
 LIBRARY = torch.library.Library("fourfold", "FRAGMENT")  # our operators
 BODIES: dict[Any, Callable[..., Any]] = {}  # the functions that operators were made of
+HOPPER = (9, 0)  # its compute capability
 TILE = 128  # rows and columns of the tiles of the kernels, and of the blocks of FP8
 
 _planned = False  # whether tensors on the meta device stand for those of a GPU that runs the kernels
@@ -78,11 +79,15 @@ def runs_kernels(x: Tensor) -> bool:
     return _planned if x.is_meta else x.is_cuda and has_kernels(x.device)
 
 
-@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether this is a GPU whose tensor cores multiply FP8 as these kernels do: Hopper or newer."""
-    known = device.type == "cuda" and triton is not None
-    return known and torch.cuda.get_device_capability(device) >= (9, 0)
+    return triton is not None and compute_capability(device) >= HOPPER
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's number of what the device can do, such as `HOPPER`; (0, 0) of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @contextmanager

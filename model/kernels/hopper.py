@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import TILE, power_of_two_of, slots_of, tiles
+from model.kernels.gpu import HOPPER, TILE, compute_capability, power_of_two_of, slots_of, tiles
 
 try:
     from triton.experimental import gluon
@@ -43,41 +43,35 @@ def jit(kernel: Any) -> Any:
 
 def suits(columns: int, inner: int, device: torch.device) -> bool:
     """Whether these kernels compute a product with so many columns on this device."""
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    hopper = compute_capability(device) == HOPPER
     return gluon is not None and hopper and columns % TILE == 0 and inner % TILE == 0
 
 
 def grouped(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, out: Tensor) -> None:
     """a [R, K] times b [E, O, K] transposed -> out [R, O]; scales [K / 128, R], [E, O / 128, K / 128]."""
-    (rows, inner), (groups, columns) = a.shape, b.shape[:2]
-    slots = slots_of(rows, groups)
-    _launch(
-        _descriptor(a, 64), a_scales, _descriptor(b.flatten(0, 1), TILE), b_scales, offsets, out,
-        groups, slots, slots, rows, columns, inner // TILE, columns, outer=False,
-    )  # fmt: skip
+    (rows, inner), columns = a.shape, b.shape[1]
+    operands = _descriptor(a, 64), a_scales, _descriptor(b.flatten(0, 1), TILE), b_scales, offsets, out
+    _launch(operands, slots_of(rows, len(offsets)), rows, columns, steps=inner // TILE)
 
 
 def outer(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, out: Tensor) -> None:
     """a [O, P] times b [I, P] transposed, by groups -> out [E, O, I]; scales [P / 128, O], [P / 128, I]."""
-    rows, columns, groups = len(a), len(b), len(offsets)
-    _launch(
-        _descriptor(a, 64), a_scales, _descriptor(b, TILE), _descriptor(b_scales, 1), offsets,
-        _descriptor(out.flatten(0, 1), 64), groups, groups * tiles(rows), tiles(rows), rows, columns, 0, 0,
-        outer=True,
-    )  # fmt: skip
+    left, right, scales = _descriptor(a, 64), _descriptor(b, TILE), _descriptor(b_scales, 1)
+    operands = left, a_scales, right, scales, offsets, _descriptor(out.flatten(0, 1), 64)
+    _launch(operands, tiles(len(a)), len(a), len(b), outer=True)
 
 
 def _launch(
-    a: Any, a_scales: Tensor, b: Any, b_scales: Any, offsets: Tensor, out: Any, groups: int, row_tiles: int,
-    per_group: int, rows: int, columns: int, steps: int, stride: int, outer: bool,
-) -> None:  # fmt: skip
-    blocks = -(-columns // (2 * TILE))
-    count = row_tiles * blocks
+    operands: tuple[Any, ...], row_tiles: int, rows: int, columns: int, steps: int = 0, outer: bool = False
+) -> None:
+    """`row_tiles` cover `rows`: those of all groups' output, or where `outer` of each group's."""
+    offsets = operands[4]
+    groups, blocks = len(offsets), -(-columns // (2 * TILE))
+    count = row_tiles * blocks * (groups if outer else 1)
     processors = torch.cuda.get_device_properties(offsets.device).multi_processor_count
     _kernel[(min(count, processors),)](
-        a, a_scales, b, b_scales, offsets, out, groups, count, per_group, blocks, rows, columns, steps,
-        stride, OUTER=outer, GROUP=GROUP, STAGES=STAGES, E=power_of_two_of(groups),
-        LOADER=LOADER_REGISTERS, REGISTERS=REGISTERS, num_warps=4,
+        *operands, groups, count, row_tiles, blocks, rows, columns, steps, OUTER=outer, GROUP=GROUP,
+        STAGES=STAGES, E=power_of_two_of(groups), LOADER=LOADER_REGISTERS, REGISTERS=REGISTERS, num_warps=4,
     )  # fmt: skip
 
 
@@ -95,7 +89,7 @@ def _descriptor(x: Tensor, rows: int) -> Any:
 
 @jit
 def _kernel(
-    a, a_scales, b, b_scales, offsets, out, groups, count, per_group, blocks, R, N, K_TILES, O,  # noqa: E741
+    a, a_scales, b, b_scales, offsets, out, groups, count, per_group, blocks, R, N, K_TILES,
     OUTER: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, E: gl.constexpr, LOADER: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -114,7 +108,7 @@ def _kernel(
     else:
         t = full  # not used
         staged = full
-    work = (offsets, groups, count, per_group, blocks, K_TILES, O)
+    work = (offsets, groups, count, per_group, blocks, K_TILES, N)
     shared = (x, y, t, full, empty)
     operands = (a_scales, b_scales, out, R, N)
     gl.warp_specialize(

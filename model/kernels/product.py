@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.kernels import grouped, hopper
 from model.kernels.cast import ends_in_tiles
-from model.kernels.gpu import TILE, operator, runs_kernels
+from model.kernels.gpu import HOPPER, TILE, compute_capability, operator, runs_kernels
 from model.linear import grouped_linear
 from model.quant import FP8_BLOCK, FP8_TILE, Quantised, dequantise
 
@@ -85,7 +85,7 @@ def _library_takes(a: Quantised, b: Quantised, dtype: torch.dtype) -> bool:
 @cache
 def _library_has_scales(device: torch.device) -> bool:
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
+    return compute_capability(device) == HOPPER and version >= (12, 9)
 
 
 def _library_product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:

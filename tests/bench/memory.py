@@ -11,8 +11,8 @@ Every line of JSON has the prediction by category and, for every stage, its seco
 were allocated to tensors and reserved from the driver: `build` (the engine), then in every step `micro_1` and
 on (forward and backward) and `step` (the optimizer). Moments are made in the first step, which warms up;
 `seconds` is the median of the others. Random tokens; the bytes do not depend on them. `parallel=single` is
-the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0 prints. Without a GPU a `Tracker` counts,
-which is slow: for trying this program with a tiny model.
+the bare engine, `parallel=zero` DeepSpeed's; under torchrun rank 0 prints. Without a GPU a `MemTracker`
+counts, which is slow: for trying this program with a tiny model.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from torch import Tensor
 from configs.compose import compose
 from model.kernels.gpu import has_kernels, planned_for_kernels
 from model.precision import NAMED
+from train.build import build_engine, make_mesh
 from train.config import RunConfig
-from train.memory import Tracker, predict
+from train.memory import MemTracker, bucket_bytes, predict
 from train.ranks import Ranks, join
 from train.recompute import HOW
-from train.run import bucket_bytes, build_engine, make_mesh
 
 MODELS = (
     "experiment=nano",
@@ -116,7 +116,7 @@ def on_gpu(work: Callable[[], object]) -> dict[str, float]:
     }
 
 
-def on_cpu(work: Callable[[], object], tracker: Tracker) -> dict[str, float]:
+def on_cpu(work: Callable[[], object], tracker: MemTracker) -> dict[str, float]:
     """Seconds and bytes of `work`, by the tracker that has seen everything before."""
     tracker.restart()
     began = time.perf_counter()
@@ -134,7 +134,8 @@ def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     tokens = config.train.seq_len * config.train.micro_batch * micros * sharers
     config = replace(config, train=replace(config.train, batch_tokens=tokens))
     with planned_for_kernels(has_kernels(ranks.device)):
-        memory = predict(config, make_mesh(config, ranks), bucket_bytes(config, ranks))
+        mesh = make_mesh(config, ranks)
+        memory = predict(config, mesh, bucket_bytes(config, mesh, ranks.device))
     found: dict[str, Any] = {"case": " ".join(overrides), "world": ranks.world, "batch_tokens": tokens}
     found |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "torch": torch.__version__}
     found |= {
@@ -144,7 +145,7 @@ def measure(overrides: list[str], micros: int, steps: int) -> dict[str, Any]:
     }
     measured: dict[str, dict[str, float]] = {}
     try:
-        with nullcontext() if cuda else Tracker("cpu") as tracker:
+        with nullcontext() if cuda else MemTracker("cpu") as tracker:
             for name, work in stages(config, ranks, micros, steps):
                 measured[name] = on_gpu(work) if tracker is None else on_cpu(work, tracker)
     except RuntimeError as error:

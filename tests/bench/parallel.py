@@ -46,15 +46,16 @@ from configs.compose import compose
 from model.flops import training_flops_per_token
 from model.precision import NAMED
 from tests.bench.memory import random_batch
-from train.checkpoint import Saver, all_steps, read_manifest
+from train.build import build_engine, make_mesh
+from train.checkpoint import all_steps, read_manifest
 from train.config import RunConfig
 from train.engine import Batch, Engine
 from train.loop import train_step
-from train.memory import GIB, predict
+from train.memory import GIB, bucket_bytes, predict
 from train.metrics import Timer, memory, peak_flops, read_lines
 from train.parallel.mesh import Mesh
 from train.ranks import Ranks, join
-from train.run import bucket_bytes, build_engine, make_mesh
+from train.saving import Saver
 
 Result = dict[str, Any]
 Interval = tuple[float, float]
@@ -194,7 +195,7 @@ def throughput(ranks: Ranks, options: argparse.Namespace) -> Iterator[Result]:
     keys = [*throughput_keys(ranks.world, experts=options.experts), *options.overrides]
     job = Job.build(keys, ranks)
     config = job.at(options.micro_batches)
-    need = predict(config, job.mesh, bucket_bytes(config, ranks)).total
+    need = predict(config, job.mesh, bucket_bytes(config, job.mesh, ranks.device)).total
     for name in options.precision:
         job.engine.use(NAMED[name])
         found = measured(job, config, options.warmup, options.steps)

@@ -19,7 +19,7 @@ TIMEOUT = 300  # seconds that ranks may take
 GPU = pytest.mark.gpu
 DEVICES = ("cpu", pytest.param("cuda", marks=GPU))
 forks = get_context("forkserver")
-forks.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx", "train.zero", "train.run"])
+forks.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx", "train.opening"])
 
 
 def spawn(

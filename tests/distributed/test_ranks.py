@@ -9,7 +9,8 @@ import torch
 
 from configs.errors import ConfigError
 from tests.distributed.ranks import GPU, spawn
-from train.ranks import FailedElsewhere, FailedHere, Ranks
+from train.ranks import Ranks
+from train.watch import FailedElsewhere, FailedHere
 
 MODULE = "tests.distributed.test_ranks"
 

@@ -14,8 +14,9 @@ from tests.distributed.test_zero import LENGTH, ROWS, config_of
 from tests.tiny import packed_batch, tiny_model
 from train.loop import train_step
 from train.parallel.mesh import build_mesh
-from train.ranks import FailedHere, Ranks
+from train.ranks import Ranks
 from train.replicas import compare
+from train.watch import FailedHere
 from train.zero import ZeroEngine
 
 MODULE = "tests.distributed.test_replicas"

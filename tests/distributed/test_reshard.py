@@ -17,6 +17,7 @@ from train.loop import train_step
 from train.parallel.context import context_of
 from train.parallel.mesh import build_mesh
 from train.ranks import Ranks
+from train.saving import Saver
 from train.zero import ZeroEngine
 
 MODULE = "tests.distributed.test_reshard"
@@ -56,7 +57,7 @@ def save(ranks: Ranks, folder: str) -> None:
         part = Part(ranks, number)
         for step in range(2):
             part.step(step)
-        saver = checkpoint.Saver(Path(folder) / str(number), keep_last=1)
+        saver = Saver(Path(folder) / str(number), keep_last=1)
         saver.save(2, part.engine.state(), {"world": ranks.world})
         saver.wait()
 

@@ -20,12 +20,12 @@ from tests.distributed.ranks import spawn
 from tests.distributed.test_context import RATES
 from tests.tiny import packed_batch, tiny_config
 from tests.unit.train.test_engine import run_config
+from train.build import build_engine, mesh_of
 from train.config import RunConfig
 from train.loop import train_step
 from train.parallel.mesh import build_mesh
 from train.parallel.volume import volume
 from train.ranks import Ranks
-from train.run import build_engine, mesh_of
 from train.sections import ParallelConfig
 
 MODULE = "tests.distributed.test_volume"

@@ -75,7 +75,7 @@ def test_a_newer_format_is_refused(two_ranks: Path, corpus: Path) -> None:
     copy = shutil.copytree(two_ranks, two_ranks.with_name("newer"))
     step = copy / "checkpoints" / "step-00000006"
     manifest = checkpoint.read_manifest(step)
-    (step / checkpoint.MANIFEST).write_text(checkpoint._sealed_text({**manifest, "format": 2}))
+    (step / checkpoint.MANIFEST).write_text(checkpoint.sealed_text({**manifest, "format": 2}))
     refused = run(corpus, copy.parent, f"resume={copy}")
     assert refused.returncode == 2 and "newer Fourfold" in refused.stderr and refused.stderr.count("\n") == 1
 

@@ -20,7 +20,7 @@ import torch
 
 from model.tensorfile import TensorFile
 from tests.faults.plan import Fault
-from train import checkpoint, loop, run
+from train import checkpoint, loop, run, saving
 from train.engine import Engine
 from train.zero import ZeroEngine
 
@@ -38,11 +38,11 @@ class Injector:
         self._marks, self._checkpoints, self._alone = marks, folder / "checkpoints", alone
         self._step = 0
         self._engine: Engine | None = None
-        self._saver: checkpoint.Saver | None = None
+        self._saver: saving.Saver | None = None
 
     def install(self) -> None:
         """Set the hooks."""
-        whole_step, whole_backward, made = loop.train_step, ZeroEngine.backward, checkpoint.Saver.__init__
+        whole_step, whole_backward, made = loop.train_step, ZeroEngine.backward, saving.Saver.__init__
 
         def train_step(engine: Engine, batch: Any, config: Any, step: int, *rest: Any) -> dict[str, float]:
             self._step, self._engine = step + 1, engine
@@ -52,17 +52,17 @@ class Injector:
         def backward(engine: ZeroEngine, loss: torch.Tensor, last: bool = True) -> None:
             whole_backward(engine, loss * float("nan") if self._pass("backward") else loss, last)
 
-        def make(saver: checkpoint.Saver, *arguments: Any) -> None:
+        def make(saver: saving.Saver, *arguments: Any) -> None:
             made(saver, *arguments)
             self._saver = saver
 
         replace((loop, "train_step", train_step), (ZeroEngine, "backward", backward))
-        replace((checkpoint.Saver, "__init__", make))
+        replace((saving.Saver, "__init__", make))
         for owner, name, place in (
             (ZeroEngine, "_update", "update"),
             (TensorFile, "write_parts", "write"),
-            (checkpoint, "_publish", "publish"),
-            (checkpoint, "_prune", "published"),
+            (saving, "_publish", "publish"),
+            (saving, "_prune", "published"),
             (checkpoint, "load", "load"),
             (run.Run, "finish", "finish"),
         ):

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
 from configs.errors import ConfigError
-from train import checkpoint
-from train.checkpoint import Saver
+from model.tensorfile import Spec, TensorFile
+from train import checkpoint, saving
+from train.saving import Saver
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -55,13 +56,13 @@ def state(seed: int, moments: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
-def specs(tensors: dict[str, Tensor]) -> dict[str, checkpoint.Spec]:
+def specs(tensors: dict[str, Tensor]) -> dict[str, Spec]:
     return {key: (x.dtype, tuple(x.shape)) for key, x in tensors.items()}
 
 
 def write(folder: Path, step: int) -> Path:
     tensors = state(step)
-    return checkpoint.write(folder, step, specs(tensors), iter(tensors.items()), MANIFEST, TEXTS)
+    return saving.write(folder, step, specs(tensors), iter(tensors.items()), MANIFEST, TEXTS)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -104,7 +105,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("file_bytes", [1, 200, 10**9])
 def test_written_bits_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(saving, "FILE_BYTES", file_bytes)
     folder = write(tmp_path, 7)
     assert folder == tmp_path / "step-00000007" and checkpoint.step_of(folder) == 7
     assert_holds(folder, state(7))
@@ -143,9 +144,9 @@ def test_saved_bits_come_back_and_memory_follows_the_shapes(tmp_path: Path) -> N
 
 
 def test_host_memory_is_kept_in_slabs_and_does_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SLAB_BYTES", 256)
+    monkeypatch.setattr(saving, "SLAB_BYTES", 256)
     tensors = state(1) | {"big": torch.randn(100)}
-    copies = checkpoint._host_tensors(specs(tensors), pinned=False)
+    copies = saving._host_tensors(specs(tensors), pinned=False)
     for key, x in tensors.items():
         copies[key].copy_(x)
     assert all(same(copies[key], x) for key, x in tensors.items())
@@ -155,13 +156,13 @@ def test_host_memory_is_kept_in_slabs_and_does_not_overlap(monkeypatch: pytest.M
 @contextmanager
 def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Files are not written before the event is set."""
-    go, write_files = threading.Event(), checkpoint._write_files
+    go, write_files = threading.Event(), saving._write_files
 
     def later(*arguments: Any) -> dict[str, checkpoint.File]:
         assert go.wait(60)
         return write_files(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_write_files", later)
+    monkeypatch.setattr(saving, "_write_files", later)
     try:
         yield go
     finally:
@@ -276,7 +277,7 @@ def test_the_next_save_raises_the_error_of_the_one_before(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint.TensorFile, "write", full)
+        broken.setattr(TensorFile, "write", full)
         saver.save(1, state(1), {})
         with pytest.raises(OSError) as error:
             saver.save(2, state(2), {})
@@ -295,7 +296,7 @@ def test_a_failure_at_the_very_end_publishes_nothing(tmp_path: Path, monkeypatch
     def full(_: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(checkpoint, "flush", full)
+    monkeypatch.setattr(saving, "flush", full)
     saver.save(1, state(2), {})
     with pytest.raises(OSError, match=r"Input/output.*manifest\.json"):
         saver.wait()
@@ -321,7 +322,7 @@ def test_too_little_room_is_one_line_before_anything_is_written(
 
 
 def test_ranks_without_a_common_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_begin", lambda *_: None)  # rank 0 did it, but on another machine
+    monkeypatch.setattr(saving, "_begin", lambda *_: None)  # rank 0 did it, but on another machine
     saver = Saver(tmp_path, keep_last=1)
     saver.save(1, state(1), {})
     with pytest.raises(ConfigError, match="shared disk"):
@@ -333,7 +334,7 @@ def test_ranks_without_a_common_disk_are_told(tmp_path: Path, monkeypatch: pytes
 
 def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of several files, above an older one."""
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 200)
+    monkeypatch.setattr(saving, "FILE_BYTES", 200)
     write(tmp_path, 5)
     return write(tmp_path, 10)
 
@@ -422,7 +423,8 @@ def test_several_readers_share_the_work(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_newer_format_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 5)
     with monkeypatch.context() as newer:
-        newer.setattr(checkpoint, "FORMAT", 2)
+        for module in (checkpoint, saving):
+            newer.setattr(module, "FORMAT", 2)
         folder = write(tmp_path, 10)
         checkpoint.verify(folder)
     for refuse in (
@@ -480,11 +482,12 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from train import checkpoint
+from train.saving import Saver
 folder, draw, newest = Path(sys.argv[1]), random.Random(0), 0
 for _ in range(25):
     child = os.fork()
     if child == 0:
-        saver = checkpoint.Saver(folder, keep_last=2, keep_every=1000)
+        saver = Saver(folder, keep_last=2, keep_every=1000)
         for step in range(newest + 1, 10**6):
             value = torch.full((3000,), step, dtype=torch.int64)
             saver.save(step, {f"weight.{i}": value + i for i in range(5)}, {}, {"tokenizer.json": str(step)})
@@ -567,8 +570,8 @@ def assert_raised_by_all(saver: Saver, rank: int, folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for broken, owner, name, file in (
-        (2, checkpoint.TensorFile, "write", "rank-00002"),
-        (0, checkpoint, "flush", "manifest.json"),
+        (2, TensorFile, "write", "rank-00002"),
+        (0, saving, "flush", "manifest.json"),
     ):
         with patch.object(owner, name, full) if rank == broken else nullcontext():
             saver.save(2, share(rank, 4), {})

@@ -30,7 +30,7 @@ from model.hf import load_pretrained
 from model.model import ForCausalLM, stays_fp32
 from optim.partition import pieces
 from tests.tiny import tiny_config, tiny_model
-from train import checkpoint, cli, export, import_hf, sample
+from train import cli, export, import_hf, sample, saving
 from train.config import RunConfig
 
 CONFIG = tiny_config("sch", hash_layers=1, vocab_size=320, num_nextn_predict_layers=1)
@@ -60,7 +60,7 @@ def save(model: ForCausalLM, run: Path, config: RunConfig, step: int = 3, extra:
     specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
     manifest = {"config": to_yaml(config), "data": {}, "tracking": {}, "tokenizer": "", "world": 1}
     texts = {"tokenizer.json": tokenizer_json()}
-    return checkpoint.write(run / "checkpoints", step, specs, iter(state.items()), manifest, texts)
+    return saving.write(run / "checkpoints", step, specs, iter(state.items()), manifest, texts)
 
 
 def call(command: Any, *arguments: object) -> int:

@@ -29,6 +29,7 @@ from model.config import ModelConfig
 from model.flops import parameter_shapes
 from model.hf import save_pretrained
 from model.model import ForCausalLM
+from model.tensorfile import TensorFile
 from optim.partition import pieces
 from tests.tiny import tiny_config, tiny_model
 from tests.unit.train.test_export import PeakBytes, call, tokenizer_json
@@ -558,6 +559,6 @@ def test_a_failure_while_writing_leaves_no_checkpoint(quantised, tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.TensorFile, "_put", full)
+    monkeypatch.setattr(TensorFile, "_put", full)
     assert call(import_hf, f"source={quantised}", f"out={tmp_path / 'run'}") == 2
     assert "No space left" in capsys.readouterr().err and not any(tmp_path.iterdir())

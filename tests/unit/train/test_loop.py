@@ -10,7 +10,8 @@ import torch
 from configs.compose import compose
 from data.shards import Damaged
 from train.loop import advance
-from train.ranks import FailedHere, Ranks
+from train.ranks import Ranks
+from train.watch import FailedHere
 
 
 def test_damage_is_said_by_the_rank_that_reads_it() -> None:

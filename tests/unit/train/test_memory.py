@@ -28,7 +28,7 @@ from train import recompute
 from train.config import RunConfig
 from train.engine import Engine, TorchEngine
 from train.loop import loss_weights
-from train.memory import WORKSPACES, Memory, Tracker, micro_batch_peak, predict, refuse_if_too_large, table
+from train.memory import WORKSPACES, Memory, MemTracker, micro_batch_peak, predict, refuse_if_too_large, table
 from train.parallel.mesh import Mesh, build_mesh
 from train.ranks import Ranks
 from train.sections import ParallelConfig, PrecisionConfig
@@ -91,7 +91,7 @@ def nbytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def test_tracker_by_hand() -> None:
-    tracker = Tracker("meta")
+    tracker = MemTracker("meta")
     with tracker:
         a = torch.empty(1000, device="meta")  # 4000 bytes: 8 blocks of 512
         view = a.view(10, 100)[2:]
@@ -113,7 +113,7 @@ def test_tracker_by_hand() -> None:
 
 def test_tracker_sees_what_backward_holds() -> None:
     x = torch.ones(128, requires_grad=True)
-    with Tracker("cpu") as tracker:
+    with MemTracker("cpu") as tracker:
         y = x.exp().sin()  # 512 bytes each; exp keeps its result, sin its input, which is the same
         assert tracker.live == 1024
         y.backward(torch.ones(128))
@@ -137,7 +137,7 @@ def test_states_are_those_of_an_engine(dtype: str, train: dict[str, Any], optimi
     config = replace(config, train=replace(config.train, **train))
     config = replace(config, optim=replace(config.optim, name=optimizer))
     memory = predict(config)
-    with Tracker("cpu") as tracker:
+    with MemTracker("cpu") as tracker:
         engine = engine_for(config)
     assert isinstance(engine, TorchEngine)
     assert memory.build + memory.masters == pytest.approx(tracker.peak, rel=0.1)
@@ -179,7 +179,7 @@ def test_activations_are_those_of_real_tensors(
     """The second micro-batch of a real engine, packed documents and all, under the same tracker."""
     config = recomputing(run_config(dtype=dtype, **changes), how)
     config = replace(config, train=replace(config.train, **train))
-    with Tracker("cpu") as tracker:
+    with MemTracker("cpu") as tracker:
         engine = engine_for(config)
         one_micro_batch(engine, config)
         before = tracker.restart()
@@ -200,7 +200,7 @@ def test_recomputed_attention(monkeypatch: pytest.MonkeyPatch, dtype: str, how: 
 def test_rounded_numbers(precision: str, how: str) -> None:
     """References of FP8 and FP4 on a CPU."""
     config = recomputing(run_config("ch", "bfloat16", precision=precision), how)
-    with Tracker("cpu") as tracker:
+    with MemTracker("cpu") as tracker:
         engine = engine_for(config)
         one_micro_batch(engine, config)
         before = tracker.restart()
@@ -272,7 +272,7 @@ def test_scratch_is_that_of_an_optimizer(optimizer: str) -> None:
         vocab_size=30_000,
     )
     config = replace(config, optim=replace(config.optim, name=optimizer))
-    with Tracker() as tracker:
+    with MemTracker() as tracker:
         with torch.device("meta"):
             engine = TorchEngine(ForCausalLM(config.model), config.optim, torch.bfloat16)
         engine.activate(config.trained_sets)
@@ -309,7 +309,7 @@ def zero_peak(ranks: Ranks, ep: str = "1", how: str = "none", dense: str = "") -
     config = recomputing(run_config(dtype="bfloat16", n_routed_experts=200), how)
     config = replace(config, parallel=shared)
     mesh = build_mesh(ranks.rank, ranks.world, shared.ep)
-    with Tracker("cpu") as tracker:
+    with MemTracker("cpu") as tracker:
         with torch.device("meta"):
             model = recompute.apply(ForCausalLM(config.model), config.recompute)
         engine = ZeroEngine(

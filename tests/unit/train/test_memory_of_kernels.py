@@ -18,7 +18,7 @@ from model.kernels.gpu import BODIES, has_kernels, launched, operator, planned_f
 from model.kernels.indexer import index_loss, select_indices
 from tests.unit.train.test_memory import recomputing, run_config
 from train import recompute
-from train.memory import Tracker, predict
+from train.memory import MemTracker, predict
 
 BF16, TILE = torch.bfloat16, 128
 SHAPED: dict[str, Any] = {
@@ -30,9 +30,9 @@ SHAPED: dict[str, Any] = {
 
 
 @contextmanager
-def counted() -> Iterator[Tracker]:
+def counted() -> Iterator[MemTracker]:
     """Counts on the meta device as if it were a Hopper GPU."""
-    with planned_for_kernels(), Tracker() as tracker, torch.device("meta"):
+    with planned_for_kernels(), MemTracker() as tracker, torch.device("meta"):
         yield tracker
 
 
@@ -200,7 +200,7 @@ def test_experts_in_fp8() -> None:
         assert tracker.live - before == gradients - kept
 
 
-class Compared(Tracker):
+class Compared(MemTracker):
     """Asserts of every operator that it returns what its fake says; `seen`: which."""
 
     def __init__(self) -> None:
@@ -227,7 +227,7 @@ def test_every_operator_returns_what_its_fake_says(how: str, monkeypatch: pytest
         trackers.append(Compared())
         return trackers[-1]
 
-    monkeypatch.setattr("train.memory.Tracker", compared)
+    monkeypatch.setattr("train.memory.MemTracker", compared)
     with planned_for_kernels():
         predict(config)
     seen = set().union(*(tracker.seen for tracker in trackers))

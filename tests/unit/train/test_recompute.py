@@ -19,11 +19,11 @@ from tests.distributed.ranks import spawn
 from tests.tiny import packed_batch, relative, tiny_config, tiny_model
 from tests.unit.train.test_engine import ALONE, run_config, uneven_batch
 from train import recompute
+from train.build import build_engine, make_mesh
 from train.compiled import compile_layers
 from train.engine import Batch, Engine, TorchEngine
 from train.loop import train_step
 from train.ranks import Ranks
-from train.run import build_engine, make_mesh
 from train.sections import ParallelConfig
 
 LENGTH = 160

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 
 from configs.compose import compose
 from configs.errors import ConfigError
-from train import checkpoint
+from train import checkpoint, saving
 from train.metrics import JsonLines, keep_until
 from train.resume import (
     drop_after,
@@ -36,7 +36,7 @@ def save(runs: Path, name: str, step: int, age: int = 0) -> Path:
     """A checkpoint that was written `age` seconds ago."""
     tensors = {"weight.a": torch.full((4,), float(step))}
     specs = {"weight.a": (torch.float32, (4,))}
-    folder = checkpoint.write(runs / name / "checkpoints", step, specs, tensors.items(), {})
+    folder = saving.write(runs / name / "checkpoints", step, specs, tensors.items(), {})
     then = folder.stat().st_mtime - age
     os.utime(folder, (then, then))
     return folder
@@ -159,7 +159,7 @@ def test_a_rollback_that_was_interrupted_is_finished(runs: Path) -> None:
         specs = {"weight.a": (torch.float32, (1,))}
         tensors = {"weight.a": torch.zeros(1)}
         manifest = {"rollbacks": rollbacks}
-        return checkpoint.write(runs / "a" / "checkpoints", step, specs, tensors.items(), manifest)
+        return saving.write(runs / "a" / "checkpoints", step, specs, tensors.items(), manifest)
 
     back = Spike(22, 19, "high", "skip", (1, 4), back_to=18)
     noted = Spike(23, 23, "high", "record", (5, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,7 @@ def compare(ranks: Ranks, text: str) -> None:
         # Each weight once, and each moment, of sets that rest, too.
         assert torch.equal(ranks.sum(held(ours.state)), held(theirs.state)), case
         assert held(theirs.state)[0] == sum(p.numel() for p in ForCausalLM(config.model).parameters())
+    assert "torch._inductor.compile_fx" not in sys.modules  # takes seconds, and nothing is compiled here
 
 
 def round_experts(ranks: Ranks) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import deepspeed  # noqa: F401  imported here once, it takes seconds
-import torch._inductor.compile_fx  # noqa: F401  DeepSpeed's, later
+import torch._dynamo  # noqa: F401  the optimizers', later
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch

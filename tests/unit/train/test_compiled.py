@@ -123,7 +123,7 @@ def zero_steps(ranks: Ranks) -> None:
     """Steps of ZeRO, which takes gradients by hooks, with layers compiled and without."""
 
     def trained(whole: bool) -> list[dict[str, float]]:
-        config = run_config(num_nextn_predict_layers=0)
+        config = run_config()
         engine = ZeroEngine(tiny_model(config.model), config.optim, torch.bfloat16, stage=1)
         if whole:
             compile_layers(engine.model)

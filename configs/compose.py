@@ -6,6 +6,7 @@ Every mistake becomes a ConfigError of one line: the key, what is wrong, and wha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 import typing
@@ -170,7 +171,7 @@ def check(overrides: Sequence[Override]) -> None:
     """
     options = groups()
     chosen = [_check_group(override, options) for override in overrides if override.key_or_group in options]
-    tree = _compose_yaml(chosen)
+    tree = _tree(tuple(chosen))
     keys = set(_paths(tree))
     for override in overrides:
         key = override.key_or_group
@@ -250,6 +251,12 @@ def _compose_yaml(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(one_line(error)) from error
 
 
+@functools.cache
+def _tree(chosen: tuple[str, ...]) -> DictConfig:
+    """What these options of groups give, only to be read."""
+    return _compose_yaml(chosen)
+
+
 def _may_add(override: str) -> str:
     """Let a key of a named element, such as data.sources.web.weight, be set where no file mentions it."""
     return (
@@ -280,6 +287,7 @@ def _name_elements(schema: DictConfig, composed: DictConfig, kind: type) -> None
             OmegaConf.update(schema, f"{key}.{name}", _schema(element))
 
 
+@functools.cache
 def _store_schema() -> None:
     """Give Hydra every key that the dataclasses have, so that YAML files need not repeat defaults."""
     ConfigStore.instance().store("schema", OmegaConf.to_container(_schema(RunConfig)))

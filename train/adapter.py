@@ -85,9 +85,13 @@ def initialize(
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for most of a minute
+    compiler.compile = lambda: (
+        compiler.dummy_decorator
+    )  # a Muon not used here would load TorchInductor, for seconds
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     _share(wrapped, apart)
     options = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ TIMEOUT = 300  # seconds that ranks may take
 GPU = pytest.mark.gpu
 DEVICES = ("cpu", pytest.param("cuda", marks=GPU))
 forks = get_context("forkserver")
-forks.set_forkserver_preload(["deepspeed", "torch._inductor.compile_fx", "train.opening"])
+forks.set_forkserver_preload(["deepspeed", "torch._dynamo", "train.zero", "train.opening"])
 
 
 def spawn(
@@ -54,11 +55,17 @@ def spawn(
     return outputs
 
 
-def _fork(environment: dict[str, str], log: Path, job: tuple[str, ...]) -> Callable[[], int | None]:
+def fork(function: Callable[..., None], *arguments: Any, daemon: bool = True) -> BaseProcess:
+    """`function` in a fork of a process that has imported what takes seconds to import."""
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path()}):
         forkserver.ensure_running()  # and imports, the first time
-    process = forks.Process(target=_forked, args=(environment, log, job), daemon=True)
+    process = forks.Process(target=function, args=arguments, daemon=daemon)
     process.start()
+    return process
+
+
+def _fork(environment: dict[str, str], log: Path, job: tuple[str, ...]) -> Callable[[], int | None]:
+    process = fork(_forked, environment, log, job)
 
     def wait() -> int | None:
         process.join(TIMEOUT)

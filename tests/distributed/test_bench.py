@@ -16,7 +16,6 @@ from train.ranks import Ranks
 TINY = [key for key in SMALL if key.startswith("model.") and "experts" not in key]
 TINY += [
     "data=python",
-    "model.hc_sinkhorn_iters=2",
     "model.sliding_window=32",
     "model.o_groups=2",
     "model.index_n_heads=4",

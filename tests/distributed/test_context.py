@@ -69,7 +69,8 @@ def compare(ranks: Ranks, cp: str) -> None:
     mesh = build_mesh(ranks.rank, ranks.world, cp=int(cp))
     parts = context_of(mesh)
     for layers, mode, seed, dtype, recompute in CASES:
-        config = tiny_config(layers, 1, compress_rates=RATES, num_nextn_predict_layers=1)
+        few = {"num_nextn_predict_layers": 1, "hc_sinkhorn_iters": 2}
+        config = tiny_config(layers, 1, compress_rates=RATES, **few)
         batch = packed_batch(rows_of(seed), LENGTH, depth=1)
         whole = {name: x.to(ranks.device) for name, x in batch.items()}
         each = len(whole["input_ids"]) // mesh.data_world

@@ -127,7 +127,7 @@ def config_of(case: Case, world: int) -> RunConfig:
     base = run_config(batch_rows=sequences, micro=micro, length=LENGTH)
     return replace(
         base,
-        model=tiny_config(layers, 1, compress_rates=RATES, num_nextn_predict_layers=1),
+        model=tiny_config(layers, 1, compress_rates=RATES, num_nextn_predict_layers=1, hc_sinkhorn_iters=1),
         precision=replace(base.precision, compute_dtype=dtype),
         train=replace(base.train, log_every=1, **train),
         parallel=ParallelConfig(**case),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,8 +142,9 @@ def compare(ranks: Ranks, text: str) -> None:
         if numbers not in known:
             model = skewed_model(config.model).to(ranks.device)
             bare = TorchEngine(model, config.optim, compute, fp4_experts=True)
-            alone = Ranks(0, 1, ranks.device)
-            known[numbers] = three_steps(bare, whole, config, alone, case)
+            every = partial(three_steps, bare, whole, config, Ranks(0, 1, ranks.device), case)
+            cuda = ranks.device.type == "cuda"
+            known[numbers] = every() if cuda else ranks.share(every() if ranks.first else None)
         mesh = build_mesh(ranks.rank, ranks.world, **case.mesh)
         each = len(ROWS) // mesh.data_world  # the same micro-batches as in one process
         mine = {name: x[mesh.data_rank * each :][:each] for name, x in whole.items()}
@@ -166,6 +169,7 @@ def compare(ranks: Ranks, text: str) -> None:
         # Each weight once, and each moment, of sets that rest, too.
         assert torch.equal(ranks.sum(held(ours.state)), held(theirs.state)), case
         assert held(theirs.state)[0] == sum(p.numel() for p in ForCausalLM(config.model).parameters())
+    assert "torch._inductor.compile_fx" not in sys.modules  # takes seconds, and nothing is compiled here
 
 
 def round_experts(ranks: Ranks) -> None:
@@ -207,14 +211,17 @@ def test_stages_equal_one_process(world: int, tmp_path: Path) -> None:
     run([Case("adamw"), Case("muon"), Case("muon", stage=1)], world, tmp_path)
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_mesh_equals_one_process(world: int, algorithm: str, tmp_path: Path) -> None:
+def test_every_mesh_equals_one_process(world: int, tmp_path: Path) -> None:
     """All sizes of the groups that share experts and sequences; neither borders of documents nor of experts
     lie where those of ranks do."""
     sizes = [size for size in (1, 2, 4) if size <= world]
     meshes = [{"ep": ep, "cp": cp} for ep in sizes for cp in sizes]
-    run([Case(algorithm, mesh) for mesh in meshes], world, tmp_path)
+    cases = [Case("muon", mesh) for mesh in meshes]
+    cases += [
+        Case("adamw", mesh) for mesh in meshes if world in mesh.values()
+    ]  # whose partitions differ most
+    run(cases, world, tmp_path)
 
 
 def test_repeated_updates_and_sharded_dense_weights(tmp_path: Path) -> None:

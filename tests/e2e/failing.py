@@ -1,11 +1,10 @@
-"""`python -m tests.e2e.failing WHAT KEY=VALUE ...`: `python -m train`; rank 1 fails in its third step."""
+"""A run whose rank 1 fails in its third step."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import runpy
-import sys
+import signal
 import time
 from typing import Any
 
@@ -13,15 +12,17 @@ from train import loop
 
 
 def fail(what: str) -> None:
-    """Raise an error, or loop for ever."""
+    """Raise an error, loop for ever, or get a signal."""
     if what == "raise":
         raise ValueError("a bug")
+    if what in ("SIGKILL", "SIGSTOP"):
+        os.kill(os.getpid(), signal.Signals[what])
     while True:
         time.sleep(0)
 
 
-def main() -> None:
-    what = sys.argv.pop(1)
+def set_up(what: str) -> None:
+    """Have it happen in this process, if that is rank 1."""
     whole_step, calls = loop.train_step, itertools.count()
 
     def train_step(*arguments: Any) -> dict[str, float]:
@@ -30,8 +31,3 @@ def main() -> None:
         return whole_step(*arguments)
 
     loop.train_step = train_step  # type: ignore[assignment]
-    runpy.run_module("train", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from tests.distributed.ranks import fork
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
+    "model.num_hidden_layers=3",
+    "model.layer_types=[sliding_attention,compressed_sparse_attention,heavily_compressed_attention]",
+    "model.mlp_layer_types=[hash_moe,moe,moe]",
+    "model.hc_sinkhorn_iters=2",
     "model.hidden_size=32",
     "model.num_attention_heads=2",
     "model.head_dim=32",
@@ -42,16 +51,58 @@ def options(corpus: Path, runs: Path) -> list[str]:
     return [*SMALL, *data, f"run.dir={runs}"]
 
 
-def run(corpus: Path, runs: Path, *extra: str, world: int = 1) -> subprocess.CompletedProcess[str]:
-    """Train, under torchrun when `world` is more than 1, without the sample at the end."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    )
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "train", *options(corpus, runs), "train.sample_tokens=0", *extra],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+class Ended(NamedTuple):
+    """How a run ended: its exit code, negative for a signal; what it printed; whether processes were left."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+    left: bool
+
+
+class Job:
+    """`python -m train ARGV` in a fork of a process that has imported everything; if `world` is more than 1,
+    torchrun's agent, and in forks of it the ranks. Each calls `setup` first."""
+
+    def __init__(self, argv: list[str], world: int = 1, setup: Callable[[], object] = int):
+        self._folder = TemporaryDirectory()
+        self._streams = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._process = fork(_carry_out, argv, world, setup, self._streams, daemon=False)
+
+    @property
+    def runs(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> bool:
+        """All its processes at once; False if there are none."""
+        assert self._process.pid
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def end(self, timeout: float = 300) -> Ended:
+        """Wait for it, at most so many seconds."""
+        self._process.join(timeout)
+        left = self.kill()
+        self._process.join()
+        out, err = (stream.read_text() for stream in self._streams)
+        self._folder.cleanup()
+        return Ended(self._process.exitcode, out, err, left)
+
+
+def _carry_out(argv: list[str], world: int, setup: Callable[[], object], streams: list[Path]) -> None:
+    from tests.faults.jobs import rank, torchrun  # imports torch
+
+    os.setsid()  # to be killed as a whole
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.exit(rank(argv, setup) if world == 1 else torchrun(argv, world, 0, setup))
+
+
+def run(corpus: Path, runs: Path, *extra: str, world: int = 1, setup: Callable[[], object] = int) -> Ended:
+    """Train, without the sample at the end."""
+    return Job([*options(corpus, runs), "train.sample_tokens=0", *extra], world, setup).end()

@@ -1,18 +1,13 @@
-"""`python -m tests.e2e.spiking WHAT STEP[,KILL] KEY=VALUE ...`: `python -m train` with a spike in step STEP.
+"""A run with a spike in one step.
 
 routing   labels are shuffled and gradients large, unless the routing was anticipated
 nan       the gradient is not a number, once
-
-KILL: "record" kills the process (SIGKILL) when the spike is on record and nothing is undone yet, a number
-before that step, once its routing is anticipated.
 """
 
 from __future__ import annotations
 
 import os
-import runpy
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -44,12 +39,12 @@ def disturbed(whole_step: Step, what: str, spiking: int, killed: int = 0) -> Ste
     return train_step
 
 
-def main() -> None:
-    what, where = sys.argv.pop(1), sys.argv.pop(1)
-    step, _, kill = where.partition(",")
-    killed = int(kill) if kill.isdigit() else 0
-    loop.train_step = disturbed(loop.train_step, what, int(step), killed)  # type: ignore[assignment]
-    if kill == "record":
+def set_up(spiking: int, killed: str = "") -> None:
+    """Have the routing spike in this process. It is killed when the spike is on record and nothing is undone
+    yet ("record"), or before the step of that number, once its routing is anticipated."""
+    step = int(killed) if killed.isdigit() else 0
+    loop.train_step = disturbed(loop.train_step, "routing", spiking, step)  # type: ignore[assignment]
+    if killed == "record":
         write = recovery.write_spikes
 
         def write_and_die(*arguments: Any) -> None:
@@ -57,8 +52,3 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         recovery.write_spikes = write_and_die  # type: ignore[assignment]
-    runpy.run_module("train", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import run
+from tests.e2e.runs import Ended, run
 from train import checkpoint
 
 
@@ -18,7 +17,7 @@ def losses(folder: Path) -> list[float]:
     return [line["lm"] for line in lines if "lm" in line]
 
 
-def errors(result: subprocess.CompletedProcess[str]) -> list[str]:
+def errors(result: Ended) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 

@@ -7,35 +7,21 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, options
+from tests.e2e.runs import Job, options
 from train import checkpoint
 
 KILLS = int(os.environ.get("FOURFOLD_KILLS", "2"))
 STEPS = max(6, 2 * KILLS)
 
 
-def start(world: int, corpus: Path, runs: Path, name: str) -> subprocess.Popen[bytes]:
-    """A run, in a session of its own so that all its processes can be killed at once."""
-    program = ["-m", "train"]
-    if world > 1:
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *program]
+def start(world: int, corpus: Path, runs: Path, name: str) -> Job:
     changes = [f"train.steps={STEPS}", "train.save_every=1", "train.eval_every=100", "train.keep_last=2"]
-    return subprocess.Popen(
-        [sys.executable, *program, *options(corpus, runs), *changes, f"run.name={name}", "resume=auto"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    return Job([*options(corpus, runs), *changes, f"run.name={name}", "resume=auto"], world)
 
 
 def steps_done(folder: Path) -> int:
@@ -43,29 +29,27 @@ def steps_done(folder: Path) -> int:
     return path.read_text().count('"lr"') if path.exists() else 0
 
 
-def kill_somewhere(process: subprocess.Popen[bytes], folder: Path, dice: random.Random) -> None:
+def kill_somewhere(job: Job, folder: Path, dice: random.Random) -> None:
     """Kill a step or two later, at a random moment between two steps."""
     goal = steps_done(folder) + dice.randint(1, 2)
     deadline = time.monotonic() + 240
-    while steps_done(folder) < goal and process.poll() is None:
+    while steps_done(folder) < goal and job.runs:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(dice.random() * 0.3)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    job.kill()
+    job.end()
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_runs_end_bitwise_equal(world: int, corpus: Path, tmp_path: Path) -> None:
-    whole = start(world, corpus, tmp_path, "whole")
-    assert whole.communicate()[1] is not None and whole.returncode == 0
+    whole = start(world, corpus, tmp_path, "whole").end()
+    assert whole.returncode == 0, whole.stderr
     folder, dice = tmp_path / "killed", random.Random(world)
     for _ in range(KILLS):
         kill_somewhere(start(world, corpus, tmp_path, "killed"), folder, dice)
-    last = start(world, corpus, tmp_path, "killed")
-    errors = last.communicate()[1].decode()
-    assert last.returncode == 0, errors
+    last = start(world, corpus, tmp_path, "killed").end()
+    assert last.returncode == 0, last.stderr
     assert (folder / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     ends = [checkpoint.all_steps(tmp_path / name / "checkpoints")[-1] for name in ("whole", "killed")]
     assert ends[0].name == ends[1].name == f"step-{STEPS:08d}"

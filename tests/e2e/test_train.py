@@ -11,18 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, options
+from tests.e2e.runs import ROOT, Ended, Job, options
 
 
 def command(corpus: Path, cwd: Path, *extra: str) -> list[str]:
     return [sys.executable, "-m", "train", *options(corpus, cwd / "runs"), *extra]
 
 
-def run(corpus: Path, cwd: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+def program(corpus: Path, cwd: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as a shell starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
         command(corpus, cwd, *extra), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
+
+
+def run(corpus: Path, cwd: Path, *extra: str) -> Ended:
+    """In a fork."""
+    return Job([*options(corpus, cwd / "runs"), *extra]).end()
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -30,7 +36,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_repeats_resumes_and_exports(corpus: Path, tmp_path: Path) -> None:
-    first = run(corpus, tmp_path, "run.name=first")
+    first = program(corpus, tmp_path, "run.name=first")
     assert first.returncode == 0, first.stderr
     assert "validation loss" in first.stdout and "sample" in first.stdout
     again = run(corpus, tmp_path, "run.name=again")
@@ -72,7 +78,7 @@ def test_resume_goes_on_where_and_only_where_it_should(corpus: Path, tmp_path: P
 
 
 def test_a_sweep_is_one_run_a_value(corpus: Path, tmp_path: Path) -> None:
-    sweep = run(corpus, tmp_path, "-m", "train.seed=0,1", "train.steps=2", "optim.warmup_steps=1")
+    sweep = program(corpus, tmp_path, "-m", "train.seed=0,1", "train.steps=2", "optim.warmup_steps=1")
     assert sweep.returncode == 0, sweep.stderr
     first, second = sorted((tmp_path / "runs").glob("sweep-*/*/metrics.jsonl"))
     assert first.read_text() != second.read_text()
@@ -117,7 +123,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 
         if torch.cuda.is_available():
             return
-    failed = run(corpus, tmp_path, *extra)
+    failed = (program if words == "/nowhere/at/all" else run)(corpus, tmp_path, *extra)
     assert failed.returncode == 2
     assert words in failed.stderr and failed.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import deepspeed  # noqa: F401  imported here once, it takes seconds
-import torch._inductor.compile_fx  # noqa: F401  DeepSpeed's, later
+import torch._dynamo  # noqa: F401  the optimizers', later
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -37,7 +37,7 @@ class Ended(NamedTuple):
     output: str
 
 
-def launch(argv: list[str], ranks: int, max_restarts: int | None, setup: Callable[[], None]) -> Ended:
+def launch(argv: list[str], ranks: int, max_restarts: int | None, setup: Callable[[], object]) -> Ended:
     """Run `python -m train ARGV` to its end, under torchrun unless `max_restarts` is None.
 
     Every rank calls `setup` first.
@@ -50,11 +50,7 @@ def launch(argv: list[str], ranks: int, max_restarts: int | None, setup: Callabl
             os.dup2(writing, stream)
         code = 1
         try:
-            code = (
-                _torchrun(argv, ranks, max_restarts, setup)
-                if max_restarts is not None
-                else _rank(argv, setup)
-            )
+            code = rank(argv, setup) if max_restarts is None else torchrun(argv, ranks, max_restarts, setup)
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -79,7 +75,8 @@ def _read(pipe: int, pid: int) -> Iterator[bytes]:
             return
 
 
-def _torchrun(argv: list[str], ranks: int, max_restarts: int, setup: Callable[[], None]) -> int:
+def torchrun(argv: list[str], ranks: int, max_restarts: int, setup: Callable[[], object]) -> int:
+    """Its agent, in this process; the exit code."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -100,13 +97,13 @@ def _torchrun(argv: list[str], ranks: int, max_restarts: int, setup: Callable[[]
     return 0
 
 
-def _worker(argv: list[str], setup: Callable[[], None]) -> None:
-    if code := _rank(argv, setup):
+def _worker(argv: list[str], setup: Callable[[], object]) -> None:
+    if code := rank(argv, setup):
         os._exit(code)
     threading.Timer(1, os._exit, [0]).start()  # a torchrun that was told to end does not fetch the result
 
 
-def _rank(argv: list[str], setup: Callable[[], None]) -> int:
+def rank(argv: list[str], setup: Callable[[], object]) -> int:
     """One process of `python -m train`; its exit code."""
     nothing = lambda *_: 0  # noqa: E731
     replace((memory, "_activations", nothing), (memory, "_scratch", nothing), (run, "plot_run", nothing))

@@ -15,9 +15,6 @@ from tests.faults.plan import STEPS, Plan
 from train import checkpoint
 
 CHANGES = [
-    "model.num_hidden_layers=3",
-    "model.layer_types=[sliding_attention,compressed_sparse_attention,heavily_compressed_attention]",
-    "model.mlp_layer_types=[hash_moe,moe,moe]",
     f"train.steps={STEPS}",
     "train.eval_every=100",
     "train.sample_tokens=0",

@@ -23,7 +23,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 def run_config(batch_rows: int = 4, micro: int = 4, length: int = 40, **model: object) -> RunConfig:
     base = compose(["optim.warmup_steps=1", "optim.lr=0.01", "optim.decay_fraction=0.5"])
-    model_config = tiny_config("sc", 1, num_nextn_predict_layers=1, **model)
+    model_config = tiny_config("sc", 1, **{"num_nextn_predict_layers": 1, "hc_sinkhorn_iters": 2, **model})
     train = replace(base.train, steps=10, seq_len=length, micro_batch=micro, batch_tokens=batch_rows * length)
     data = replace(base.data, tokenizer=replace(base.data.tokenizer, kind="file", path="x", vocab_size=90))
     return RunConfig(model_config, data, base.optim, base.precision, train, base.run)

@@ -89,9 +89,7 @@ def initialize(
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++ for most of a minute
-    compiler.compile = lambda: (
-        compiler.dummy_decorator
-    )  # a Muon not used here would load TorchInductor, for seconds
+    compiler.compile = lambda: compiler.dummy_decorator  # else its Muon loads TorchInductor, for seconds
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     _share(wrapped, apart)
     options = {

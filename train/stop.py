@@ -44,7 +44,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         self._before = {number: signal.signal(number, self._tell) for number in SIGNALS}
-        threading.Thread(target=self._count_down, name="stop", daemon=True).start()
+        self._thread = threading.Thread(target=self._count_down, name="stop", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,6 +53,7 @@ class Stop:
             signal.signal(number, handler)
         self._left.set()
         self._late.set()
+        self._thread.join()  # it refers to the run: the last to do so frees tensors, which must not be at exit
 
     def _tell(self, number: int, _: Any) -> None:
         now = time.monotonic()

@@ -1,9 +1,9 @@
-"""The backward of `model.kernels.swiglu` near the speed of Hopper's memory, in Gluon: the same bits.
+"""The backward of `model.kernels.swiglu`, the same bits, near the speed of Hopper's memory: in Gluon.
 
 A program casts tiles of 128 x 128 of the gates' gradient and of the ups' in turn. One warp loads gates, ups
-and dh through the tensor memory accelerator, STAGES tiles ahead; two groups of WARPS warps compute, one the
-gates' gradient and the parts of d weights, the other the ups'. So loads, arithmetic and stores overlap, which
-in Triton's kernel, one program a multiprocessor, follow each other.
+and dh through the tensor memory accelerator, STAGES halves of 64 rows ahead; WARPS warps compute both
+gradients of a half, cast them along rows, and keep them in shared memory, from where they are cast along
+columns once both halves are there. So memory never waits for arithmetic.
 
 Needs a Triton with Gluon, bf16, and a width that is a multiple of 128 (`suits`).
 """
@@ -14,23 +14,26 @@ import torch
 from torch import Tensor
 
 from model.kernels import gpu
-from model.kernels.gpu import TILE, power_of_two_of, tiles
-from model.kernels.hopper import _descriptor, gl, gluon, jit
+from model.kernels.gpu import HOPPER, TILE, compute_capability, power_of_two_of, tiles
+from model.kernels.hopper import descriptor, gl, gluon, jit
 
 if gluon is not None:
     import triton.language as tl
     from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-    from triton.language.extra import libdevice
 
+    constexpr_function = gluon.constexpr_function
     power_of_two = gluon.jit(gpu.power_of_two.fn)
+else:
+    constexpr_function = jit
 
-STAGES = 3  # tiles of gates, ups and dh in shared memory
-WARPS = 16
-LOADER_REGISTERS, REGISTERS = 24, 112  # of a thread that loads, and of one that computes
+STAGES = 3  # halves of tiles of gates, ups and dh in shared memory
+WARPS = 16  # that compute
+LOADER_REGISTERS = 24  # of a thread that loads; those that compute share the others
 
 
 def suits(grad: Tensor, gate_up: Tensor) -> bool:
-    hopper = torch.cuda.get_device_capability(grad.device)[0] == 9
+    """Whether this kernel computes the backward of these tensors on their device."""
+    hopper = compute_capability(grad.device) == HOPPER
     bf16 = grad.dtype == gate_up.dtype == torch.bfloat16
     aligned = grad.data_ptr() % 16 == 0 and gate_up.data_ptr() % 16 == 0
     return gluon is not None and hopper and bf16 and aligned and grad.shape[1] % TILE == 0
@@ -40,18 +43,21 @@ def backward(
     grad: Tensor, gate_up: Tensor, weights: Tensor, offsets: Tensor | None, limit: float,
     values: Tensor, scales: Tensor, transposed: Tensor, transposed_scales: Tensor, sums: Tensor,
 ) -> None:  # fmt: skip
+    """The outputs of `model.kernels.swiglu._empty_backward`, written."""
     (rows, width), slots = grad.shape, len(transposed_scales)
     groups = 0 if offsets is None else len(offsets)
+    ends = weights if offsets is None else offsets  # not read without groups
     count = slots * tiles(width)
     processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
     _kernel[(min(count, processors),)](
-        _descriptor(gate_up, 64), _descriptor(grad, 64), weights, offsets, values, scales, transposed,
-        transposed_scales, sums, rows, width, limit, groups, slots, count, E=power_of_two_of(max(groups, 1)),
+        descriptor(gate_up, 64), descriptor(grad, 64), weights, ends, values, scales, transposed,
+        transposed_scales, sums, rows, width, limit, groups, slots, count,
+        E=power_of_two_of(groups) if groups else 0,
         STAGES=STAGES, WARPS=WARPS, LOADER=LOADER_REGISTERS, num_warps=WARPS,
     )  # fmt: skip
 
 
-@jit
+@jit(varying=("R", "groups", "slots", "count"))
 def _kernel(
     gate_up, grad, weights, offsets, values, scales, transposed, transposed_scales, sums, R, W, limit, groups,
     slots, count,
@@ -87,7 +93,7 @@ def _load(gate_up, grad, work, shared, STAGES: gl.constexpr, E: gl.constexpr):
     groups = _groups(work, 1, E)
     done = 0
     for tile in range(gl.program_id(0), work[3], gl.num_programs(0)):
-        _slot, row, end, column = _tile(tile, work, groups)
+        _slot, row, end, column = _tile(tile, work, groups, E)
         if row < end:
             for half in range(2):
                 stage = done % STAGES
@@ -95,7 +101,11 @@ def _load(gate_up, grad, work, shared, STAGES: gl.constexpr, E: gl.constexpr):
                 arrived = full.index(stage)
                 mbarrier.expect(arrived, 3 * 64 * 128 * 2)
                 at = row + 64 * half
-                gate, up, dh = inputs.index(3 * stage), inputs.index(3 * stage + 1), inputs.index(3 * stage + 2)
+                gate, up, dh = (
+                    inputs.index(3 * stage),
+                    inputs.index(3 * stage + 1),
+                    inputs.index(3 * stage + 2),
+                )
                 tma.async_copy_global_to_shared(gate_up, [at, column], arrived, gate)
                 tma.async_copy_global_to_shared(gate_up, [at, column + width], arrived, up)
                 tma.async_copy_global_to_shared(grad, [at, column], arrived, dh)
@@ -107,6 +117,7 @@ def _compute(
     weights, limit, work, shared, staged, outputs,
     STAGES: gl.constexpr, WARPS: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
+    """Both gradients of every tile of this program, and the parts of d weights."""
     inputs, full, empty = shared
     values, scales, transposed, transposed_scales, sums = outputs
     R, W = work[4], work[5]
@@ -116,7 +127,7 @@ def _compute(
     groups = _groups(work, WARPS, E)
     done = 0
     for tile in range(gl.program_id(0), work[3], gl.num_programs(0)):
-        slot, row, end, column = _tile(tile, work, groups)
+        slot, row, end, column = _tile(tile, work, groups, E)
         if row < end:
             for half in range(2):
                 first = row + 64 * half
@@ -170,6 +181,7 @@ def _larger(x, y):
 
 @jit
 def _sigmoid(x):
+    """The instructions of `model.kernels.swiglu._sigmoid`, fewer of them: 1 / (1 + 2^(-x / ln 2))."""
     return gl.inline_asm_elementwise(
         "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"
         " rcp.approx.ftz.f32 $0, t; }",
@@ -181,7 +193,12 @@ def _sigmoid(x):
 def _wide(x):
     """bf16 in fp32, two numbers at a time."""
     return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
+        "=f,=f,r",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
     )
 
 
@@ -196,6 +213,7 @@ def _rounded(x, kept):
 
 @jit
 def _store_rows(tile, first, rows, inside, column, values, scales, R, W):
+    """Cast 64 x 128 numbers along rows, as `model.kernels.cast.store_both_ways` does."""
     columns = gl.arange(0, 128, layout=gl.SliceLayout(0, tile.type.layout))
     wide = _wide(tile)
     scale, inverse = power_of_two(_magnitude(wide, 1), 0x43E00000)  # 448
@@ -207,6 +225,7 @@ def _store_rows(tile, first, rows, inside, column, values, scales, R, W):
 
 @jit
 def _store_columns(tile, slot, column, transposed, transposed_scales, work, WARPS: gl.constexpr):
+    """Cast 128 x 128 numbers in shared memory along columns, likewise."""
     down: gl.constexpr = _down(WARPS)
     flat: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     wide = _wide(tile.load(down))
@@ -222,7 +241,7 @@ def _store_columns(tile, slot, column, transposed, transposed_scales, work, WARP
     gl.store(transposed_scales + slot.to(gl.int64) * (2 * work[5]) + column + columns, scale)
 
 
-@gluon.constexpr_function
+@constexpr_function
 def _across(warps):
     """Of [64, 128]: a thread holds 8 columns of either half."""
     rows = [[1 << i, 0] for i in range(6)]
@@ -232,7 +251,7 @@ def _across(warps):
     return gl.DistributedLinearLayout(registers, lanes, rows[2 : 2 + bits], [], [64, 128])
 
 
-@gluon.constexpr_function
+@constexpr_function
 def _down(warps):
     """Of [128, 128]: a thread holds pairs of rows, for its casts."""
     bits = warps.bit_length() - 1
@@ -244,11 +263,11 @@ def _down(warps):
 
 @jit
 def _groups(work, WARPS: gl.constexpr, E: gl.constexpr):
-    """Every group's number, first and end row: [E] each."""
-    layout: gl.constexpr = gl.BlockedLayout([E // 32], [32], [WARPS], [0])
-    if work[0] is None:
-        return None
+    """Every group's number, first and end row, in each warp: [E] each. Without groups (E = 0), all rows."""
+    if E == 0:
+        return 0, 0, work[4]
     else:
+        layout: gl.constexpr = gl.BlockedLayout([E // 32], [32], [WARPS], [0])
         index = gl.arange(0, E, layout=layout)
         starts = gl.load(work[0] + index - 1, mask=(index > 0) & (index < work[1]), other=0)
         ends = gl.load(work[0] + index, mask=index < work[1], other=0)
@@ -256,15 +275,15 @@ def _groups(work, WARPS: gl.constexpr, E: gl.constexpr):
 
 
 @jit
-def _tile(tile, work, groups):
+def _tile(tile, work, groups, E: gl.constexpr):
     """Of the `tile`-th tile: its slot, first row, end row of its group, and first column."""
-    offsets, count, _slots, _count, R, W = work
+    _offsets, count, _slots, _count, _R, W = work
     blocks = W // 128
     slot, column = tile // blocks, tile % blocks * 128
-    if offsets is None:
-        return slot, slot * 128, R, column
+    index, starts, ends = groups
+    if E == 0:
+        return slot, slot * 128, ends, column
     else:
-        index, starts, ends = groups
         e = gl.sum(((starts // 128 + index <= slot) & (index < count)).to(gl.int32), 0) - 1
         start = gl.sum(gl.where(index == e, starts, 0), 0)
         end = gl.sum(gl.where(index == e, ends, 0), 0)

@@ -3,7 +3,7 @@
 A program casts tiles of 128 x 128 of the gates' gradient and of the ups' in turn. One warp loads gates, ups
 and dh through the tensor memory accelerator, STAGES halves of 64 rows ahead; WARPS warps compute both
 gradients of a half, cast them along rows, and keep them in shared memory, from where they are cast along
-columns once both halves are there. So memory never waits for arithmetic.
+columns once both halves are there. Loads, arithmetic and stores overlap.
 
 Needs a Triton with Gluon, bf16, and a width that is a multiple of 128 (`suits`).
 """
@@ -101,14 +101,10 @@ def _load(gate_up, grad, work, shared, STAGES: gl.constexpr, E: gl.constexpr):
                 arrived = full.index(stage)
                 mbarrier.expect(arrived, 3 * 64 * 128 * 2)
                 at = row + 64 * half
-                gate, up, dh = (
-                    inputs.index(3 * stage),
-                    inputs.index(3 * stage + 1),
-                    inputs.index(3 * stage + 2),
-                )
-                tma.async_copy_global_to_shared(gate_up, [at, column], arrived, gate)
-                tma.async_copy_global_to_shared(gate_up, [at, column + width], arrived, up)
-                tma.async_copy_global_to_shared(grad, [at, column], arrived, dh)
+                gate, up, dh = 3 * stage, 3 * stage + 1, 3 * stage + 2
+                tma.async_copy_global_to_shared(gate_up, [at, column], arrived, inputs.index(gate))
+                tma.async_copy_global_to_shared(gate_up, [at, column + width], arrived, inputs.index(up))
+                tma.async_copy_global_to_shared(grad, [at, column], arrived, inputs.index(dh))
                 done += 1
 
 
@@ -193,13 +189,9 @@ def _sigmoid(x):
 def _wide(x):
     """bf16 in fp32, two numbers at a time."""
     return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
-        "=f,=f,r",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=2,
-    )
+        "{ .reg .b32 t; mov.b32 t, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000; }",
+        "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @jit

@@ -12,6 +12,7 @@ Needs a Triton with Gluon, and sizes that are multiples of 128 (`suits`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ GROUP = 4  # row tiles that share column tiles in L2
 LOADER_REGISTERS, REGISTERS = 24, 240  # of a thread that loads, and of one that multiplies
 
 
-def jit(kernel: Any) -> Any:
-    return kernel if gluon is None else gluon.jit(kernel)
+def jit(kernel: Any = None, varying: tuple[str, ...] = ()) -> Any:
+    """`gluon.jit`, or the function itself, as `model.kernels.gpu.jit` is of Triton's."""
+    if kernel is None:
+        return partial(jit, varying=varying)
+    return kernel if gluon is None else gluon.jit(kernel, do_not_specialize=varying)
 
 
 def suits(columns: int, inner: int, device: torch.device) -> bool:
@@ -50,14 +54,14 @@ def suits(columns: int, inner: int, device: torch.device) -> bool:
 def grouped(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, out: Tensor) -> None:
     """a [R, K] times b [E, O, K] transposed -> out [R, O]; scales [K / 128, R], [E, O / 128, K / 128]."""
     (rows, inner), columns = a.shape, b.shape[1]
-    operands = _descriptor(a, 64), a_scales, _descriptor(b.flatten(0, 1), TILE), b_scales, offsets, out
+    operands = descriptor(a, 64), a_scales, descriptor(b.flatten(0, 1), TILE), b_scales, offsets, out
     _launch(operands, slots_of(rows, len(offsets)), rows, columns, steps=inner // TILE)
 
 
 def outer(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, offsets: Tensor, out: Tensor) -> None:
     """a [O, P] times b [I, P] transposed, by groups -> out [E, O, I]; scales [P / 128, O], [P / 128, I]."""
-    left, right, scales = _descriptor(a, 64), _descriptor(b, TILE), _descriptor(b_scales, 1)
-    operands = left, a_scales, right, scales, offsets, _descriptor(out.flatten(0, 1), 64)
+    left, right, scales = descriptor(a, 64), descriptor(b, TILE), descriptor(b_scales, 1)
+    operands = left, a_scales, right, scales, offsets, descriptor(out.flatten(0, 1), 64)
     _launch(operands, tiles(len(a)), len(a), len(b), outer=True)
 
 
@@ -75,7 +79,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _descriptor(x: Tensor, rows: int) -> Any:
+def descriptor(x: Tensor, rows: int) -> Any:
     """Of tiles of `rows` x 128 of x [M, N]; what a tile has outside of x reads as zero."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

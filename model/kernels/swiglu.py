@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels import swiglu_hopper
 from model.kernels.cast import (
     INPUTS,
     activations,
@@ -110,9 +111,12 @@ def _cast_swiglu_backward(
     parts = _empty_backward(grad, gate_up, weights, offsets, limit)
     rows, width = grad.shape
     if rows and width:
+        inputs = grad.contiguous(), gate_up.contiguous(), weights.contiguous(), offsets
+        if not grad.is_meta and swiglu_hopper.suits(*inputs[:2]):
+            swiglu_hopper.backward(*inputs, limit, *parts)
+            return parts
         grid = (tiles(width), row_slots(rows, offsets))
         count, most = groups_of(offsets)
-        inputs = grad.contiguous(), gate_up.contiguous(), weights.contiguous(), offsets
         _swiglu_backward_kernel[grid](*inputs, *parts, rows, width, limit, count, E=most, num_warps=WARPS)
     return parts
 

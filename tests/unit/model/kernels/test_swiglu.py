@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.kernels import swiglu_hopper
 from model.kernels.cast import places_in_tiles
 from model.kernels.swiglu import cast_swiglu, cast_swiglu_backward
 from model.quant import Quantised, dequantise
@@ -89,3 +90,22 @@ def test_repeatable_bit_for_bit() -> None:
     again = cast_swiglu_backward(grad, gate_up, weights, LIMIT)
     assert torch.equal(first[2].nan_to_num(0), again[2].nan_to_num(0))
     assert torch.equal(first[0].values.view(torch.uint8), again[0].values.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9")
+@pytest.mark.parametrize("counts", [None, [129, 0, 1, 127, 128, 300, 0]])
+@pytest.mark.parametrize("width", [128, 384])
+def test_the_kernel_for_hopper_computes_the_same_bits(
+    width: int, counts: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate_up, weights, grad = (x.cuda() for x in inputs(685, width, torch.bfloat16))
+    offsets = None if counts is None else ends(counts).cuda()
+    assert swiglu_hopper.suits(grad, gate_up)
+    ours = cast_swiglu_backward(grad, gate_up, weights, LIMIT, offsets)
+    monkeypatch.setattr(swiglu_hopper, "suits", lambda *_: False)
+    wanted = cast_swiglu_backward(grad, gate_up, weights, LIMIT, offsets)
+    used = slice(None) if offsets is None else places_in_tiles(685, offsets)
+    assert torch.equal(ours[2].nan_to_num(7), wanted[2].nan_to_num(7))
+    assert torch.equal(exact(ours[0]).nan_to_num(7), exact(wanted[0]).nan_to_num(7))
+    assert torch.equal(exact(ours[1])[:, used].nan_to_num(7), exact(wanted[1])[:, used].nan_to_num(7))

@@ -53,7 +53,7 @@ class Stop:
             signal.signal(number, handler)
         self._left.set()
         self._late.set()
-        self._thread.join()  # it refers to the run: the last to do so frees tensors, which must not be at exit
+        self._thread.join()  # who refers to the run last frees its tensors, which must not be at exit
 
     def _tell(self, number: int, _: Any) -> None:
         now = time.monotonic()

@@ -6,6 +6,7 @@ and write activations less often. Kernels of our own and libraries' products sta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from model.hyper_connection import HyperConnection
 from model.model import ForCausalLM
 from model.moe import LocalDispatcher
 from train.recompute import keeps_some
+
+warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools")  # what a GPU can do never changes
+warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # fp32 products of router and mHC stay exact
 
 KINDS = 64  # of layers, in all their modes, shapes and precisions; beyond it torch goes on without compiling
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.fp8 import fp8_expert_mlp
-from model.kernels import cast, hopper, swiglu
+from model.kernels import cast, hopper, swiglu, swiglu_hopper
 from model.kernels import product as products
 from model.kernels.cast import cast_activation, cast_weight, fp4_values
 from model.kernels.product import grouped_outer_product, grouped_product, product
@@ -342,7 +342,7 @@ def tune() -> Iterator[Row]:
         if name != "input gradient":  # the same kernel on the same shape as forward
             yield from compared(name, hopper, "GROUP", [4, 8, 16, 32], call)
             yield from compared(name, hopper, "STAGES", [2, 3, 4], call)
-    attributes = {"activation": cast, "weight": cast, "swiglu": swiglu, "swiglu backward": swiglu}
+    attributes = {"activation": cast, "weight": cast, "swiglu": swiglu, "swiglu backward": swiglu_hopper}
     for name, call, _, _ in cast_cases():
         if name in attributes:
             yield from compared(name, attributes[name], "WARPS", [4, 8, 16], call)

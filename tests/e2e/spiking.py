@@ -1,4 +1,4 @@
-"""A run with a spike in one step.
+"""`python -m tests.e2e.spiking WHAT STEP KEY=VALUE ...`: `python -m train` with a spike in one step.
 
 routing   labels are shuffled and gradients large, unless the routing was anticipated
 nan       the gradient is not a number, once
@@ -7,7 +7,9 @@ nan       the gradient is not a number, once
 from __future__ import annotations
 
 import os
+import runpy
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -39,11 +41,11 @@ def disturbed(whole_step: Step, what: str, spiking: int, killed: int = 0) -> Ste
     return train_step
 
 
-def set_up(spiking: int, killed: str = "") -> None:
-    """Have the routing spike in this process. It is killed when the spike is on record and nothing is undone
-    yet ("record"), or before the step of that number, once its routing is anticipated."""
+def set_up(spiking: int, killed: str = "", what: str = "routing") -> None:
+    """Have this process's run spike. It is killed when the spike is on record and nothing is undone yet
+    ("record"), or before the step of that number, once its routing is anticipated."""
     step = int(killed) if killed.isdigit() else 0
-    loop.train_step = disturbed(loop.train_step, "routing", spiking, step)  # type: ignore[assignment]
+    loop.train_step = disturbed(loop.train_step, what, spiking, step)  # type: ignore[assignment]
     if killed == "record":
         write = recovery.write_spikes
 
@@ -52,3 +54,13 @@ def set_up(spiking: int, killed: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         recovery.write_spikes = write_and_die  # type: ignore[assignment]
+
+
+def main() -> None:
+    what, step = sys.argv.pop(1), sys.argv.pop(1)
+    set_up(int(step), what=what)
+    runpy.run_module("train", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

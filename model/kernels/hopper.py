@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.gpu import HOPPER, TILE, compute_capability, power_of_two_of, slots_of, tiles
+from model.kernels.gpu import HOPPER, TILE, compute_capability, power_of_two_of, slots_of, tiles, triton
 
 try:
+    if triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        raise ImportError("Gluon's loads have other names from there on")
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (

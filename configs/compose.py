@@ -170,11 +170,12 @@ def check(overrides: Sequence[Override]) -> None:
     Hydra finds these too, but in words about its own machinery and with several lines.
     """
     options = groups()
-    chosen = [_check_group(override, options) for override in overrides if override.key_or_group in options]
-    tree = _tree(tuple(chosen))
+    tree = _usual()
     keys = set(_paths(tree))
     for override in overrides:
         key = override.key_or_group
+        if key in options:
+            _check_group(override, options)
         if key in options or key.startswith("hydra"):
             continue
         if inside := [mapping for mapping in _mappings(RunConfig) if key.startswith(f"{mapping}.")]:
@@ -213,17 +214,16 @@ def _parse(text: str, sweep: bool = False) -> Override:
     return override
 
 
-def _check_group(override: Override, options: dict[str, list[str]]) -> str:
-    """Return a group's override, or the first of a sweep; raise ConfigError for options that do not exist."""
+def _check_group(override: Override, options: dict[str, list[str]]) -> None:
+    """Raise ConfigError for options of a group that do not exist."""
     group = override.key_or_group
     remedy = f"choose one of {', '.join(options[group])}: {group}={options[group][0]}"
     if override.is_delete() or override.is_add():
         raise ConfigError(f"{override.input_line}: {group} cannot be added or removed; {remedy}")
-    values = [text.partition("=")[2] for text in _single(override)]
-    for value in values:
+    for text in _single(override):
+        value = text.partition("=")[2]
         if value not in options[group]:
             raise ConfigError(f"{group}={value}: there is no configs/{group}/{value}.yaml; {remedy}")
-    return f"{group}={(values or options[group])[0]}"
 
 
 def _single(override: Override) -> list[str]:
@@ -252,9 +252,9 @@ def _compose_yaml(overrides: Sequence[str]) -> DictConfig:
 
 
 @functools.cache
-def _tree(chosen: tuple[str, ...]) -> DictConfig:
-    """What these options of groups give, only to be read."""
-    return _compose_yaml(chosen)
+def _usual() -> DictConfig:
+    """The configuration without overrides, only to be read: others have the same keys."""
+    return _compose_yaml([])
 
 
 def _may_add(override: str) -> str:

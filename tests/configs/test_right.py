@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,18 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
-from configs.compose import CONFIG_DIR, compose, groups, help_text, multirun, to_run_config, to_yaml
+from configs.compose import (
+    CONFIG_DIR,
+    _compose_yaml,
+    _mappings,
+    _paths,
+    compose,
+    groups,
+    help_text,
+    multirun,
+    to_run_config,
+    to_yaml,
+)
 from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,3 +157,16 @@ def test_a_ramp_of_a_preset_begins_below_its_end(option: str) -> None:
     assert ramps
     for phase in ramps:
         assert phase.sequences(phase.first) * phase.seq_len == phase.ramp_from
+
+
+@functools.cache
+def keys(*overrides: str) -> set[str]:
+    """But for those of named elements, such as sources."""
+    named = tuple(f"{mapping}." for mapping in _mappings(RunConfig))
+    return {key for key in _paths(_compose_yaml(overrides)) if not key.startswith(named)}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_groups_have_the_same_keys(option: str) -> None:
+    """So that keys can be checked without composing what was chosen."""
+    assert keys(option) == keys()

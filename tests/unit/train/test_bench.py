@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.compose import compose
+from tests.bench import warmup
 from tests.bench.memory import cases, measure
-from tests.bench.runs import _places, run_all
+from tests.bench.precision import late
+from tests.bench.precision import table as table_of_precisions
+from tests.bench.runs import FINISHED, _places, run_all
 from tests.bench.table import attention_rows, indexer_row, recompute_row
 from tests.bench.warmup import RUNS, chance, phases, table
 from train.recompute import HOW
@@ -99,3 +103,32 @@ def test_runs_share_the_gpus_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run_all(tmp_path, {"a": [], "done": [], "b": []}, jobs=1)
     assert seen == {"a": "3", "b": "3"}
     assert [place["CUDA_VISIBLE_DEVICES"] for place in _places(3)] == ["3", "5", "3"]
+
+
+def test_both_runs_go_on_from_one_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[str, tuple[str, ...]] = {}
+
+    def run_all(folder: Path, runs: dict[str, list[str]], jobs: int) -> None:
+        for name in runs:
+            begun[name] = tuple(sorted(path.name for path in (folder / name).glob("*")))
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in ("metrics.jsonl", FINISHED):
+                (folder / name / file).write_text("")
+
+    monkeypatch.setattr(warmup, "run_all", run_all)
+    monkeypatch.setattr(warmup, "plot", lambda *_: None)
+    monkeypatch.setattr(warmup, "table", lambda _: [])
+    keys = ["experiment=nano", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["warmup", *keys])
+    warmup.main()
+    assert begun == {"dense": (), "with": ("metrics.jsonl",), "without": ("metrics.jsonl",)}
+
+
+def test_precisions_are_compared_on_the_same_batches() -> None:
+    plain = {"experiment": "nano", "precision": "bf16", "seed": 0, "steps": 40, "valid_lm": 4.0}
+    runs = [plain | {"losses": [8.0, 6.0, 5.0, 4.0]}, plain | {"losses": [8.0, 6.0, 2.0, 3.0], "seed": 1}]
+    rounded = plain | {"precision": "fp8", "valid_lm": 4.1, "losses": [9.0, 7.0, 5.1, 4.0]}
+    middle, error = late(rounded, runs[0])
+    assert middle == pytest.approx(0.01) and error == pytest.approx(0.01)
+    lines = table_of_precisions([*runs, rounded, rounded | {"precision": "fp4_qat"}])
+    assert lines[3] == "| nano, 40 steps | fp8 | 1 | 4.1000 | +2.50% | +2.50% | +1.00% ± 1.00% |"

@@ -1,4 +1,4 @@
-"""The backward of `model.kernels.swiglu`, the same bits, near the speed of Hopper's memory: in Gluon.
+"""The backward of `model.kernels.swiglu` for Hopper, the same bits in less time: in Gluon.
 
 A program casts tiles of 128 x 128 of the gates' gradient and of the ups' in turn. One warp loads gates, ups
 and dh through the tensor memory accelerator, STAGES halves of 64 rows ahead; WARPS warps compute both
@@ -6,6 +6,8 @@ gradients of a half, cast them along rows, and keep them in shared memory, from 
 columns once both halves are there. Loads, arithmetic and stores overlap.
 
 Needs a Triton with Gluon, bf16, and a width that is a multiple of 128 (`suits`).
+
+Legend: R rows (tokens), W expert width.
 """
 
 from __future__ import annotations

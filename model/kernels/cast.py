@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.kernels import cast_hopper
 from model.kernels.gpu import (
     TILE,
     group_of_slot,
@@ -127,11 +128,14 @@ def groups_of(offsets: Tensor | None) -> tuple[int, int]:
 def _cast_activation(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     parts = empty_activations(x, rows, columns, offsets)
-    if rows and columns:
+    x = x.contiguous()
+    if rows and columns and cast_hopper.suits(x):
+        cast_hopper.cast_activation(x, offsets, *parts)
+    elif rows and columns:
         grid = (tiles(columns), row_slots(rows, offsets))
         count, most = groups_of(offsets)
         _cast_activation_kernel[grid](
-            x.contiguous(), offsets, *parts, rows, columns, count, E=most, num_warps=WARPS, maxnreg=REGISTERS
+            x, offsets, *parts, rows, columns, count, E=most, num_warps=WARPS, maxnreg=REGISTERS
         )  # fmt: skip
     return parts
 

@@ -12,7 +12,7 @@ Needs a Triton with Gluon, and sizes that are multiples of 128 (`suits`).
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -81,16 +81,22 @@ def _launch(
     )  # fmt: skip
 
 
-def descriptor(x: Tensor, rows: int) -> Any:
-    """Of tiles of `rows` x 128 of x [M, N]; what a tile has outside of x reads as zero."""
+KINDS = {torch.float8_e4m3fn: "float8e4nv", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+KINDS |= {torch.int16: "int16", torch.int32: "int32"}
+
+
+def descriptor(x: Tensor, rows: int, columns: int = TILE) -> Any:
+    """Of tiles of `rows` x `columns` of x [M, N]; what a tile has outside of x reads as zero."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    kind = {torch.float8_e4m3fn: "float8e4nv", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    if x.dtype == torch.float32:
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    else:
-        layout = gl.NVMMASharedLayout.get_default_for([rows, TILE], getattr(gl, kind[x.dtype]))
-    return TensorDescriptor.from_tensor(x, [rows, TILE], layout)
+    return TensorDescriptor.from_tensor(x, [rows, columns], _layout(rows, columns, x.dtype))
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    if dtype == torch.float32:
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, KINDS[dtype]))
 
 
 @jit

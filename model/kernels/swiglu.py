@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import swiglu_hopper
+from model.kernels import cast_hopper
 from model.kernels.cast import (
     INPUTS,
     activations,
@@ -86,10 +86,12 @@ def _cast_swiglu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     parts = empty_activations(gate_up, rows, width, offsets)
-    if rows and width:
+    inputs = gate_up.contiguous(), weights.contiguous(), offsets
+    if rows and width % TILE == 0 and cast_hopper.suits(inputs[0], limit=limit):
+        cast_hopper.swiglu(*inputs, limit, *parts)
+    elif rows and width:
         grid = (tiles(width), row_slots(rows, offsets))
         count, most = groups_of(offsets)
-        inputs = gate_up.contiguous(), weights.contiguous(), offsets
         _swiglu_kernel[grid](
             *inputs, *parts, rows, width, limit, count, E=most, num_warps=WARPS, maxnreg=REGISTERS
         )
@@ -110,11 +112,10 @@ def _cast_swiglu_backward(
     """`empty_activations` of d gate_up, and the parts [F / 128, R] of d weights."""
     parts = _empty_backward(grad, gate_up, weights, offsets, limit)
     rows, width = grad.shape
-    if rows and width:
-        inputs = grad.contiguous(), gate_up.contiguous(), weights.contiguous(), offsets
-        if not grad.is_meta and swiglu_hopper.suits(*inputs[:2]):
-            swiglu_hopper.backward(*inputs, limit, *parts)
-            return parts
+    inputs = grad.contiguous(), gate_up.contiguous(), weights.contiguous(), offsets
+    if rows and width and cast_hopper.suits(*inputs[:2], limit=limit):
+        cast_hopper.swiglu_backward(*inputs, limit, *parts)
+    elif rows and width:
         grid = (tiles(width), row_slots(rows, offsets))
         count, most = groups_of(offsets)
         _swiglu_backward_kernel[grid](*inputs, *parts, rows, width, limit, count, E=most, num_warps=WARPS)

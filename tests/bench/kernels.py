@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.fp8 import fp8_expert_mlp
-from model.kernels import cast, hopper, swiglu, swiglu_hopper
+from model.kernels import cast, cast_hopper, hopper, swiglu
 from model.kernels import product as products
 from model.kernels.cast import cast_activation, cast_weight, fp4_values
 from model.kernels.product import grouped_outer_product, grouped_product, product
@@ -342,10 +342,12 @@ def tune() -> Iterator[Row]:
         if name != "input gradient":  # the same kernel on the same shape as forward
             yield from compared(name, hopper, "GROUP", [4, 8, 16, 32], call)
             yield from compared(name, hopper, "STAGES", [2, 3, 4], call)
-    attributes = {"activation": cast, "weight": cast, "swiglu": swiglu, "swiglu backward": swiglu_hopper}
     for name, call, _, _ in cast_cases():
-        if name in attributes:
-            yield from compared(name, attributes[name], "WARPS", [4, 8, 16], call)
+        if name == "weight":
+            yield from compared(name, cast, "WARPS", [4, 8, 16], call)
+        elif name != "fp4":
+            yield from compared(name, cast_hopper, "WARPS", [4, 8, 16], call)
+            yield from compared(name, cast_hopper, "ROWS", [32, 64], call)
 
 
 def compared(name: str, module: Any, attribute: str, values: list, call: Callable[[], Any]) -> Iterator[Row]:

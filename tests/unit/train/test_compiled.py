@@ -14,6 +14,7 @@ from model.hyper_connection import HyperConnection
 from model.kernels import (
     attention,
     cast,
+    cast_hopper,
     gated_pool,
     gpu,
     grouped,
@@ -22,7 +23,6 @@ from model.kernels import (
     product,
     sinkhorn,
     swiglu,
-    swiglu_hopper,
 )
 from model.precision import NAMED
 from tests.distributed.ranks import spawn
@@ -98,8 +98,8 @@ def test_with_kernels_too(traced: list[Any], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu._Launched, "_launch", lambda *_, **__: None)
     for name in ("grouped", "outer"):
         monkeypatch.setattr(grouped, name, lambda *_: None)
-    for module, name in ((hopper, "suits"), (swiglu_hopper, "suits"), (product, "_library_takes")):
-        monkeypatch.setattr(module, name, lambda *_: False)
+    for module, name in ((hopper, "suits"), (cast_hopper, "suits"), (product, "_library_takes")):
+        monkeypatch.setattr(module, name, lambda *_, **__: False)
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64, "index_head_dim": 128}
     config = tiny_config("ch", 1, index_n_heads=16, hc_sinkhorn_iters=2, **sizes)
     net = tiny_model(config).cast(torch.bfloat16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import swiglu_hopper
+from model.kernels import cast_hopper
 from model.kernels.cast import places_in_tiles
 from model.kernels.swiglu import cast_swiglu, cast_swiglu_backward
 from model.quant import Quantised, dequantise
@@ -101,11 +101,17 @@ def test_the_kernel_for_hopper_computes_the_same_bits(
 ) -> None:
     gate_up, weights, grad = (x.cuda() for x in inputs(685, width, torch.bfloat16))
     offsets = None if counts is None else ends(counts).cuda()
-    assert swiglu_hopper.suits(grad, gate_up)
-    ours = cast_swiglu_backward(grad, gate_up, weights, LIMIT, offsets)
-    monkeypatch.setattr(swiglu_hopper, "suits", lambda *_: False)
-    wanted = cast_swiglu_backward(grad, gate_up, weights, LIMIT, offsets)
     used = slice(None) if offsets is None else places_in_tiles(685, offsets)
-    assert torch.equal(ours[2].nan_to_num(7), wanted[2].nan_to_num(7))
-    assert torch.equal(exact(ours[0]).nan_to_num(7), exact(wanted[0]).nan_to_num(7))
-    assert torch.equal(exact(ours[1])[:, used].nan_to_num(7), exact(wanted[1])[:, used].nan_to_num(7))
+
+    def results() -> tuple[list[Tensor], Tensor]:
+        forward = cast_swiglu(gate_up, weights, LIMIT, offsets)
+        *backward, sums = cast_swiglu_backward(grad, gate_up, weights, LIMIT, offsets)
+        straight = [exact(x[0]) for x in (forward, backward)]
+        return [*straight, *(exact(x[1])[:, used] for x in (forward, backward))], sums
+
+    assert cast_hopper.suits(grad, gate_up, limit=LIMIT) and not cast_hopper.suits(gate_up, limit=10.01)
+    ours, sums = results()
+    monkeypatch.setattr(cast_hopper, "suits", lambda *_, **__: False)
+    wanted, wanted_sums = results()
+    assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(ours, wanted, strict=True))
+    assert distance(sums, wanted_sums.double()) < 1e-6  # added up in another order

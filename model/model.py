@@ -83,6 +83,7 @@ class ForCausalLM(nn.Module):
         indexer_loss: bool = False,
         return_logits: bool | None = None,
         return_scores: bool = False,
+        return_losses: bool = True,
     ) -> ModelOutput:
         """input_ids [B, S] -> losses where `labels` [B, S] are given, else logits.
 
@@ -90,7 +91,8 @@ class ForCausalLM(nn.Module):
         [B, S], contiguous, negative on padding; `position_ids` [B, S] restart in each (derived from the
         documents if absent). `next_ids` [B, S, P]: token t + 2 + k of the same document or -100
         (derived from labels if absent). `replay`: expert indices [B, S, K] to use, one per MoE.
-        `return_scores`: losses token by token as well, which then have no gradients.
+        `return_scores`: losses token by token as well, which then have no gradients. Without `return_losses`
+        the labels are read by MTP blocks alone: for who is routed where.
         `indexer_loss`: also what the indexers of CSA layers learn from, the only loss that moves them.
 
         Under context parallelism all arguments but `replay` are whole rows; what is computed and returned is
@@ -116,9 +118,10 @@ class ForCausalLM(nn.Module):
         hidden = self.norm(self.hc_head(streams))  # [B, S, D]
 
         losses: dict[str, LossPart] = {}
+        cross_entropy = self._cross_entropy if return_losses else _no_loss
         scores: list[TokenScores] | None = [] if return_scores else None
         if labels is not None:
-            losses["lm"] = self._cross_entropy(hidden, self.context.part(labels), scores)
+            losses["lm"] = cross_entropy(hidden, self.context.part(labels), scores)
             if self.mtp:
                 further = further_ids(labels, len(self.mtp)) if next_ids is None else next_ids
                 targets = [self.context.part(ids) for ids in (labels, *further.unbind(-1))]
@@ -131,7 +134,7 @@ class ForCausalLM(nn.Module):
                         mtp, streams, self.embed_tokens(ids), layout, ids, _flat(choice)
                     )
                     routings.append(routing)
-                    parts.append(self._cross_entropy(predicted, targets[depth + 1], scores))
+                    parts.append(cross_entropy(predicted, targets[depth + 1], scores))
                 losses["mtp"] = _add(parts)
             learned = [r for r, moe in zip(routings, self.moes(), strict=True) if not moe.gate.is_hash]
             balance = [balance_loss(routing, layout) for routing in learned]
@@ -144,7 +147,7 @@ class ForCausalLM(nn.Module):
                 losses["indexer"] = torch.stack(divergences).sum(), count
         wanted = labels is None if return_logits is None else return_logits
         return ModelOutput(
-            losses=losses,
+            losses=losses if return_losses else {},
             expert_indices=[r.indices.view(*input_ids.shape, -1) for r in routings],
             logits=F.linear(hidden, self.lm_head.weight.to(hidden.dtype)) if wanted else None,
             scores=scores or [],
@@ -204,6 +207,10 @@ def further_ids(labels: Tensor, depth: int) -> Tensor:
         current = torch.where(labels == -100, -100, following)
         further.append(current)
     return torch.stack(further, dim=-1)
+
+
+def _no_loss(hidden: Tensor, labels: Tensor, scores: list[TokenScores] | None) -> LossPart:
+    return hidden.new_zeros(()), labels.new_zeros(())
 
 
 def _add(parts: list[LossPart]) -> LossPart:

@@ -88,8 +88,8 @@ def train_step(
 
 
 def on_device(routes: Routes, device: torch.device) -> Routes:
-    """As the model takes them."""
-    return [None if chosen is None else chosen.to(device, torch.int64) for chosen in routes]
+    """As the model takes them; nothing waits for copies under way."""
+    return [None if chosen is None else chosen.to(device, non_blocking=True).long() for chosen in routes]
 
 
 def label_counts(batch: Batch, config: RunConfig, ranks: Ranks) -> dict[str, int]:

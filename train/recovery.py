@@ -30,7 +30,8 @@ from train.spikes import ROLLBACKS, Point, Spike, find_spike, read_spikes, rollb
 if TYPE_CHECKING:
     from train.run import Run
 
-Routes = list[Tensor | None]  # of a micro-batch, one for each MoE: experts [B, S, K]; None of hash layers
+# Of a micro-batch, one for each MoE: experts [B, S, K], on the host once the device is done; None of hash layers
+Routes = list[Tensor | None]
 
 
 @dataclass
@@ -147,15 +148,17 @@ def _checkpoint_before(onset: int, run: Run) -> Path | None:
         return run.ranks.share(run.ranks.together(find, only_first=True))
 
 
-@torch.no_grad()
 def choose_experts(engine: Engine, batch: Batch, config: RunConfig, ranks: Ranks) -> list[Routes]:
-    """Forward without backward, of this rank's sequences [B, S] -> the experts of every micro-batch."""
+    """Forward without losses and backward, of this rank's sequences [B, S] -> the experts of every
+    micro-batch. Where layers are compiled it runs what is compiled for training (`train.compiled`)."""
+    compiled = config.train.compile
+    options = {"mode": config.attention_mode, "indexer_loss": compiled and config.indexer_loss}
     hashed = [moe.gate.is_hash for moe in engine.model.moes()]
     found: list[Routes] = []
     for micro in ranks.watch.each(micro_batches(batch, config.train.micro_batch)):
         micro = {name: x.to(ranks.device, non_blocking=True) for name, x in micro.items()}
-        chosen = engine(micro, mode=config.attention_mode).expert_indices
-        found.append(
-            [None if of_hash else x.to("cpu", torch.int16) for of_hash, x in zip(hashed, chosen, strict=True)]
-        )
+        with torch.set_grad_enabled(compiled):
+            chosen = engine(micro, return_losses=False, **options).expert_indices
+        kept = [x.to(torch.int16).to("cpu", non_blocking=True) for x in chosen]
+        found.append([None if of_hash else x for of_hash, x in zip(hashed, kept, strict=True)])
     return found

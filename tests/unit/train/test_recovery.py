@@ -84,7 +84,9 @@ def test_the_present_weighs_what_the_past_chose(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(bias.sign(), (loads.mean() - loads).sign().float())
 
 
-def test_choosing_keeps_nothing_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_choosing_keeps_nothing_for_backward(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where layers are compiled, which are compiled with gradients alone. The head has nothing to do."""
     enabled: list[bool] = []
     forward = TorchEngine.__call__
 
@@ -92,10 +94,12 @@ def test_choosing_keeps_nothing_for_backward(monkeypatch: pytest.MonkeyPatch) ->
         enabled.append(torch.is_grad_enabled())
         return forward(engine, *arguments, **options)
 
+    engine, config = engine_for(run_config(micro=2)), run_config(micro=2)
+    config = replace(config, train=replace(config.train, compile=compiled))
     monkeypatch.setattr(TorchEngine, "__call__", call)
-    config = run_config(micro=2)
-    choose_experts(engine_for(config), uneven_batch(), config, ALONE)
-    assert enabled == [False, False]
+    monkeypatch.setattr(engine.model.lm_head, "weight", None)
+    choose_experts(engine, uneven_batch(), config, ALONE)
+    assert enabled == [compiled, compiled]
 
 
 def recovery(*spikes: Spike, steps: int = 100) -> Recovery:

@@ -30,7 +30,7 @@ from train.spikes import ROLLBACKS, Point, Spike, find_spike, read_spikes, rollb
 if TYPE_CHECKING:
     from train.run import Run
 
-# Of a micro-batch, one for each MoE: experts [B, S, K], on the host once the device is done; None of hash layers
+# Of a micro-batch, one for each MoE: [B, S, K], on the host once a device is done; None of hash layers
 Routes = list[Tensor | None]
 
 

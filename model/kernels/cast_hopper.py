@@ -35,9 +35,8 @@ else:
     constexpr_function = jit
 
 CAST, SWIGLU, BACKWARD = 1, 2, 3  # what is computed, by the number of inputs
-ROWS = 32  # of the inputs that arrive together
-STAGES = {CAST: 8, SWIGLU: 6, BACKWARD: 4}  # so many of them in shared memory
-WARPS, COLUMN_WARPS = 8, 8
+SETTINGS = {CAST: (8, 32, 4), SWIGLU: (16, 64, 3), BACKWARD: (16, 64, 2)}  # WARPS, ROWS, STAGES
+COLUMN_WARPS = 8
 LOADER_REGISTERS, COLUMN_REGISTERS = 24, 96  # of a thread; those of the rows share the others
 
 
@@ -83,18 +82,20 @@ def _launch(
     groups = 0 if offsets is None else len(offsets)
     ends = scales if offsets is None else offsets  # not read without groups
     count = slots * tiles(width)
+    warps, together, stages = SETTINGS[kind]
+    inputs = _pairs(x, together)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     _kernel[(min(count, processors),)](
-        _pairs(x), _pairs(grad), weights, ends, values.view(torch.int16), scales,
-        descriptor(transposed.view(torch.int16), TILE, 64), transposed_scales, sums, rows, width, limit,
-        groups, slots, count,
-        KIND=kind, E=power_of_two_of(groups) if groups else 0, ROWS=ROWS, STAGES=STAGES[kind], WARPS=WARPS,
-        COLUMN_WARPS=COLUMN_WARPS, COLUMN=COLUMN_REGISTERS, LOADER=LOADER_REGISTERS, num_warps=WARPS,
+        inputs, inputs if grad is x else _pairs(grad, together), weights, ends, values.view(torch.int16),
+        scales, descriptor(transposed.view(torch.int16), TILE, 64), transposed_scales, sums, rows, width,
+        limit, groups, slots, count,
+        KIND=kind, E=power_of_two_of(groups) if groups else 0, ROWS=together, STAGES=stages, WARPS=warps,
+        COLUMN_WARPS=COLUMN_WARPS, COLUMN=COLUMN_REGISTERS, LOADER=LOADER_REGISTERS, num_warps=warps,
     )  # fmt: skip
 
 
-def _pairs(x: Tensor) -> Any:
-    return descriptor(x.view(torch.int32), ROWS, TILE // 2)
+def _pairs(x: Tensor, rows: int) -> Any:
+    return descriptor(x.view(torch.int32), rows, TILE // 2)
 
 
 @jit(varying=("R", "groups", "slots", "count"))

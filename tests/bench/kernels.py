@@ -41,6 +41,7 @@ from model.moe import expert_mlp
 from model.quant import FP8_BLOCK, Quantised, dequantise, quantise_fp8, round_fp4
 
 WARM_UP = 0.5  # seconds
+PAUSE = 5_000_000  # cycles of a GPU, some 3 ms
 EXPERTS, HIDDEN, WIDTH, ROWS, TOP_K, LIMIT = 32, 4096, 2048, 32768, 6, 10.0
 Row = dict[str, Any]
 Part = Callable[[], Iterator[Row]]
@@ -77,18 +78,23 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def milliseconds(*calls: Callable[[], Any], samples: int = 9, in_a_row: int = 5) -> list[float]:
+def milliseconds(
+    *calls: Callable[[], Any], samples: int = 9, in_a_row: int = 5, queued: bool = False
+) -> list[float]:
     """Median of every call, each after WARM_UP seconds of itself: a GPU's clock falls as it gets warm, by how
-    much depends on what it computes. Several in a row, so that the GPU never waits for Python."""
-    return [_median(call, samples, in_a_row) for call in calls]
+    much depends on what it computes. Several in a row, so that the GPU does not wait for Python; `queued`
+    behind a pause, for calls that take less time than Python does."""
+    return [_median(call, samples, in_a_row, queued) for call in calls]
 
 
-def _median(call: Callable[[], Any], samples: int, in_a_row: int) -> float:
+def _median(call: Callable[[], Any], samples: int, in_a_row: int, queued: bool) -> float:
     times: list[float] = []
     heated = clock.perf_counter() + WARM_UP
     while len(times) < samples:
         warm = clock.perf_counter() > heated
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if queued:
+            torch.cuda._sleep(PAUSE)
         start.record()
         for _ in range(in_a_row):
             call()
@@ -222,7 +228,7 @@ def casts() -> Iterator[Row]:
         size = sum(x.nbytes for x in (*inputs, *_tensors(result)))
         source = torch.empty(size // 2, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
-        time, floor = milliseconds(call, partial(target.copy_, source))
+        time, floor = milliseconds(call, partial(target.copy_, source), queued=True)
         yield {
             "part": "casts", "case": name, "ms": time, "gb_per_s": size / time / 1e6,
             "copy_gb_per_s": size / floor / 1e6, "over_floor": time / floor,
@@ -290,15 +296,21 @@ def expert_products(offsets: Tensor) -> Iterator[tuple[str, Callable, Callable, 
 def grouped() -> Iterator[Row]:
     offsets = routed()
     counts, tera = offsets.diff(prepend=offsets.new_zeros(1)), 4 * ROWS * HIDDEN * WIDTH / 1e12
+    total, theirs_total = 0.0, 0.0
     for name, ours, theirs, wanted in expert_products(offsets):
         part, value = wanted(EXPERTS // 2)
         error = checked(distance(ours()[part], value))
         time, bfloat = milliseconds(ours, theirs)
+        total, theirs_total = total + time, theirs_total + bfloat
         yield {
             "part": "grouped", "case": name, "ms": time, "tflops": tera / time * 1e3,
             "bf16_tflops": tera / bfloat * 1e3, "over_bf16": bfloat / time, "error": error,
             "rows_of_experts": [int(counts.min()), int(counts.max())],
         }  # fmt: skip
+    yield {
+        "part": "grouped", "case": "all three", "ms": total, "tflops": 3 * tera / total * 1e3,
+        "bf16_tflops": 3 * tera / theirs_total * 1e3, "over_bf16": theirs_total / total,
+    }  # fmt: skip
 
 
 def layer() -> Iterator[Row]:
@@ -342,22 +354,30 @@ def tune() -> Iterator[Row]:
         if name != "input gradient":  # the same kernel on the same shape as forward
             yield from compared(name, hopper, "GROUP", [4, 8, 16, 32], call)
             yield from compared(name, hopper, "STAGES", [2, 3, 4], call)
+    kinds = {
+        "activation": cast_hopper.CAST,
+        "swiglu": cast_hopper.SWIGLU,
+        "swiglu backward": cast_hopper.BACKWARD,
+    }
     for name, call, _, _ in cast_cases():
         if name == "weight":
             yield from compared(name, cast, "WARPS", [4, 8, 16], call)
         elif name != "fp4":
-            yield from compared(name, cast_hopper, "WARPS", [4, 8, 16], call)
-            yield from compared(name, cast_hopper, "ROWS", [32, 64], call)
+            settings = [(8, 32, 3), (8, 32, 4), (8, 64, 2), (8, 64, 3), (16, 64, 2), (16, 64, 3)]
+            tried = [cast_hopper.SETTINGS | {kinds[name]: setting} for setting in settings]
+            yield from compared(name, cast_hopper, "SETTINGS", tried, call, queued=True)
 
 
-def compared(name: str, module: Any, attribute: str, values: list, call: Callable[[], Any]) -> Iterator[Row]:
+def compared(
+    name: str, module: Any, attribute: str, values: list, call: Callable[[], Any], queued: bool = False
+) -> Iterator[Row]:
     usual, times = getattr(module, attribute), {}
     for value in values:
         setattr(module, attribute, value)
         row = {"part": "tune", "case": f"{name}: {attribute} {value}", "usual": value == usual}
         try:
-            (times[value],) = milliseconds(call)
-            yield row | {"ms": times[value]}
+            (times[str(value)],) = milliseconds(call, queued=queued)
+            yield row | {"ms": times[str(value)]}
         except Exception as error:  # too much shared memory, say: the others are still worth knowing
             yield row | {"error": str(error)[:200]}
     setattr(module, attribute, usual)

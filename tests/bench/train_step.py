@@ -7,7 +7,7 @@ compute, uniformly random tokens, learned routing (nothing forced), no MTP (tran
 drawn by each side's own initialisation, the same process, one after the other. Fourfold: TorchEngine with
 fp32 masters, Muon, balance loss and bias update; `--reference` adds it with torch's operations in place of
 our kernels, `--anticipate` with experts that a forward pass chose beforehand, as after a spike
-(`train.recovery`). transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times
+(`train.recovery`), `--precision` in others, compared like bf16 with its peak. transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times
 are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16 peak with
 `model.flops` for all.
 """
@@ -76,7 +76,9 @@ def fourfold(
 ) -> dict[str, float]:
     with CUDA:
         model = ForCausalLM(config.model)
-    engine = TorchEngine(initialize(model, 0), config.optim, torch.bfloat16, config.train.compile)
+    bf16, fp4 = torch.bfloat16, config.fp4_experts
+    engine = TorchEngine(initialize(model, 0), config.optim, bf16, config.train.compile, fp4)
+    engine.use(config.precision.at(0))
     batches, ranks = [random_batch(config, rows) for _ in range(4)], Ranks(0, 1, CUDA)
 
     def step(i: int) -> None:
@@ -85,6 +87,10 @@ def fourfold(
         train_step(engine, batch, config, i, ranks, routing=routing)
 
     return timed(step, warmup, steps)
+
+
+def in_precision(keys: list[str], _: RunConfig, *arguments: Any) -> dict[str, float]:
+    return fourfold(compose(keys), *arguments)
 
 
 def reference(*arguments: Any) -> dict[str, float]:
@@ -129,27 +135,31 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--reference", action="store_true", help="also without our kernels")
     parser.add_argument("--anticipate", action="store_true", help="also with routing chosen beforehand")
+    parser.add_argument(
+        "--precision", nargs="*", default=[], choices=["fp8", "fp4_qat"], help="also in these"
+    )
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     args = parser.parse_args()
     for rows in args.batch:
-        config = compose(
-            [
-                "experiment=ref_1b7",
-                f"model={args.model}",
-                "model.num_nextn_predict_layers=0",
-                f"train.seq_len={args.seq_len}",
-                f"train.micro_batch={rows}",
-                f"train.batch_tokens={rows * args.accumulate * args.seq_len}",
-                f"train.compile={str(args.compile).lower()}",
-            ]
-        )
+        keys = [
+            "experiment=ref_1b7",
+            f"model={args.model}",
+            "model.num_nextn_predict_layers=0",
+            f"train.seq_len={args.seq_len}",
+            f"train.micro_batch={rows}",
+            f"train.batch_tokens={rows * args.accumulate * args.seq_len}",
+            f"train.compile={str(args.compile).lower()}",
+        ]
+        config = compose(keys)
         flops = training_flops_per_token(config.model, args.seq_len, indexer_trains=config.indexer_loss).total
         sides: dict[str, Callable[..., dict[str, float]]] = {"fourfold": fourfold}
         if args.reference:
             sides["fourfold without kernels"] = reference
         if args.anticipate:
             sides["fourfold, anticipating"] = partial(fourfold, anticipate=True)
+        for name in args.precision:
+            sides[f"fourfold, {name}"] = partial(in_precision, [*keys, f"precision={name}"])
         if not args.no_peer:
             sides["transformers"] = peer
         for name, side in sides.items():

@@ -227,30 +227,30 @@ def balance_loss(routing: Routing, layout: Layout) -> Tensor:
 
     Per document of T tokens: f_i = E / (K T) * (times i was chosen), P_i = mean of the affinities normalised
     over experts, loss = sum_i f_i P_i; documents are weighted by their length, so the returned scalar over
-    the number of real tokens is their mean. Counts are integers: no rounding, no atomics.
+    the number of real tokens is their mean. Counts are integers: the same in whatever order.
     """
     experts, k = routing.affinities.shape[-1], routing.indices.shape[-1]
-    chosen = F.one_hot(routing.indices, experts).sum(1).view(*layout.positions.shape, experts)  # int64
+    chosen = routing.indices.view(*layout.positions.shape, k)
     length = (layout.last - layout.first + 1).unsqueeze(-1)  # [B, S, 1] of each token's document
-    frequency = _document_counts(chosen, layout) * (experts / k) / length  # f_i
+    frequency = _document_counts(chosen, experts, layout) * (experts / k) / length  # f_i
     share = routing.affinities / routing.affinities.sum(-1, keepdim=True)
     return ((frequency * share.view_as(frequency)).sum(-1) * layout.real).sum()
 
 
-def _document_counts(chosen: Tensor, layout: Layout) -> Tensor:
-    """chosen [B, S, E] by each token -> [B, S, E] by all tokens of its document, in other parts too."""
-    context, length = layout.context, chosen.shape[1]
-    begin = context.rank * length
-    running = F.pad(chosen.cumsum(dim=1), (0, 0, 1, 0))  # [B, S + 1, E]
-    first = (layout.first - begin).clamp(min=0).unsqueeze(-1).expand_as(chosen)
-    after = (layout.last - begin + 1).clamp(max=length).unsqueeze(-1).expand_as(chosen)
-    count = running.gather(1, after) - running.gather(1, first)
+def _document_counts(chosen: Tensor, experts: int, layout: Layout) -> Tensor:
+    """chosen [B, S, K] by each token -> times [B, S, E] by all tokens of its document, in other parts too."""
+    context, (batch, length, _) = layout.context, chosen.shape
+    document = (layout.first - context.rank * length).clamp(min=0).unsqueeze(-1)  # where it begins here
+    table = chosen.new_zeros(batch, length * experts)  # by document and expert
+    place = (document * experts + chosen).flatten(1)
+    table.scatter_add_(1, place, torch.ones_like(place))
+    count = table.view(batch, length, experts).gather(1, document.expand(-1, -1, experts))
     if context.size == 1:
         return count
     # Only the documents of a part's first and last token can reach into others.
     edge, mine = (torch.stack((x[:, 0], x[:, -1]), dim=1) for x in (layout.first.unsqueeze(-1), count))
     mine[:, 1] *= edge[:, 1] != edge[:, 0]  # one document, counted once
-    edges, counts = context.gather(torch.cat((edge, mine), dim=-1)).split([1, chosen.shape[-1]], dim=-1)
+    edges, counts = context.gather(torch.cat((edge, mine), dim=-1)).split([1, experts], dim=-1)
     for document in edge.unbind(1):  # [B, 1]
         total = (counts * (edges == document.unsqueeze(1))).sum(1, keepdim=True)  # [B, 1, E]
         count = torch.where((layout.first == document).unsqueeze(-1), total, count)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from model.kernels.accumulate import accumulated
 from model.kernels.cast import fp4_values
 from model.model import ForCausalLM, ModelOutput, stays_fp32
 from model.precision import Precision
@@ -250,10 +251,7 @@ class TorchEngine(Engine):
             grad = parameter.grad
             if grad is None:  # a compiled region says so of weights that took no part
                 return
-            if master.grad is None:
-                master.grad = grad.float()
-            else:
-                master.grad += grad
+            master.grad = accumulated(master.grad, grad)
             parameter.grad = None
 
         return hook

@@ -7,9 +7,9 @@ compute, uniformly random tokens, learned routing (nothing forced), no MTP (tran
 drawn by each side's own initialisation, the same process, one after the other. Fourfold: TorchEngine with
 fp32 masters, Muon, balance loss and bias update; `--reference` adds it with torch's operations in place of
 our kernels, `--anticipate` with experts that a forward pass chose beforehand, as after a spike
-(`train.recovery`), `--precision` in others, compared like bf16 with its peak. transformers: eager attention, grouped_mm experts and fused AdamW on bf16 weights. Times
-are medians over steps between CUDA events, after warm-up. MFU is over the GPU's dense bf16 peak with
-`model.flops` for all.
+(`train.recovery`), `--precision` in FP8 or FP4. transformers: eager attention, grouped_mm experts and fused
+AdamW on bf16 weights. Times are medians over steps between CUDA events, after warm-up. MFU is over the GPU's
+dense bf16 peak with `model.flops` for all.
 """
 
 from __future__ import annotations

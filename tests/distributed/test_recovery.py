@@ -68,7 +68,8 @@ def rehearse(ranks: Ranks, text: str) -> None:
         for step in range(2):
             if step == 1:
                 undone(tried, batch, config, step, ranks)
-            routing = choose_experts(tried, batch, config, ranks)
+            as_compiled = replace(config.train, compile=step == 1)  # with gradients
+            routing = choose_experts(tried, batch, replace(config, train=as_compiled), ranks)
             wanted = train_step(plain, batch, config, step, ranks)
             found = train_step(tried, batch, config, step, ranks, routing=routing)
             assert found == wanted, (case, step)

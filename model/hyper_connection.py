@@ -12,11 +12,10 @@ Legend: B batch, S sequence, N streams, D hidden.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels.sinkhorn import sinkhorn
-from model.norm import widen
+from model.kernels.stream_product import stream_product
 
 Mix = tuple[Tensor, Tensor]  # post [B, S, N], comb [B, S, N, N], fp32
 
@@ -26,8 +25,8 @@ def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The norm is one number per token, so it is applied after the product.
     """
-    flat = widen(streams.flatten(2))
-    return F.linear(flat, weight) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    product, mean_square = stream_product(streams.flatten(2), weight)
+    return product * torch.rsqrt(mean_square + eps)
 
 
 def mixed(weights: Tensor, streams: Tensor) -> Tensor:

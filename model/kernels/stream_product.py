@@ -20,13 +20,9 @@ from torch import Tensor
 from model.kernels.gpu import jit, launched, operator, runs_kernels, tl
 from model.norm import widen
 
-BLOCK, COLUMNS = (
-    64,
-    128,
-)  # tokens of a program forward, and columns that it sums up at a time; likewise backward:
-STRIP, ROWS = 64, 64  # columns of a program, and tokens
-PROGRAMS = 128  # backward, about: one on each processor
-WARPS = 8  # of a program
+BLOCK, COLUMNS = 64, 64  # forward: tokens of a program, and columns that it sums up at a time
+STRIP, ROWS = 64, 32  # backward: columns of a program, and tokens at a time
+FORWARD, BACKWARD = 512, 384  # programs: at most, and about
 
 
 def stream_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,14 +39,19 @@ def stream_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _stream_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> [T, O], [T]."""
     x, weight = x.contiguous(), weight.contiguous()
-    product, mean = _empty(x, weight)
-    if len(x):
-        (tokens, count), outputs = x.shape, len(weight)
-        _forward_kernel[(-(-tokens // BLOCK),)](
-            x, weight, product, mean, tokens, count, outputs, padded(outputs), BLOCK, COLUMNS,
-            num_warps=WARPS, num_stages=4,
-        )  # fmt: skip
-    return product, mean
+    if not len(x):
+        return _empty(x, weight)
+    (tokens, count), outputs = x.shape, len(weight)
+    blocks, parts = -(-tokens // BLOCK), count // COLUMNS
+    while parts % 2 == 0 and blocks * parts > FORWARD:
+        parts //= 2
+    products = weight.new_empty(parts, tokens, outputs)
+    squares = weight.new_empty(parts, tokens)
+    _forward_kernel[(blocks, parts)](
+        x, weight, products, squares, tokens, count, outputs, padded(outputs), BLOCK, COLUMNS,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return products.sum(0), squares.sum(0) / count
 
 
 @torch.library.register_fake("fourfold::stream_product")
@@ -76,7 +77,7 @@ def _stream_product_backward(
         )
         _backward_kernel[(count // STRIP, len(weight_grads))](
             x, weight, grads, mean_grad.contiguous(), x_grad, weight_grads, tokens, count, outputs,
-            padded(outputs), STRIP, ROWS, num_warps=WARPS, num_stages=3,
+            padded(outputs), STRIP, ROWS, num_warps=4, num_stages=3,
         )  # fmt: skip
     return x_grad, weight_grads
 
@@ -85,7 +86,7 @@ def _stream_product_backward(
 def _empty_backward(
     x: Tensor, weight: Tensor, product_grad: Tensor, mean_grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    parts = max(1, PROGRAMS * STRIP // x.shape[1]) if len(x) else 0
+    parts = max(1, BACKWARD * STRIP // x.shape[1]) if len(x) else 0
     return x.new_empty(x.shape), weight.new_empty(parts, *weight.shape)
 
 
@@ -110,26 +111,31 @@ torch.library.register_autograd("fourfold::stream_product", _backward, setup_con
 @launched
 @jit(varying=("T",))
 def _forward_kernel(
-    x, weight, product, mean, T, K, O,  # noqa: E741
+    x, weight, products, squares, T, K, O,  # noqa: E741
     OUT: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, outs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, OUT)
-    columns = tl.arange(0, COLUMNS)
+    """Sums over a part of the columns, for 64 tokens."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    rows, outs, columns = tl.arange(0, BLOCK), tl.arange(0, OUT), tl.arange(0, COLUMNS)
+    there, known = (begin + rows < T)[:, None], (outs < O)[:, None]
+    length = tl.multiple_of(K // tl.num_programs(1), COLUMNS)
+    first_column = tl.program_id(1) * length
+    tiles = x + begin * K + first_column + rows[:, None] * K + columns[None, :]
+    weights = weight + first_column + outs[:, None] * K + columns[None, :]
     total = tl.zeros([BLOCK, OUT], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, COLUMNS):
-        at = (start + columns)[None, :]
-        tile = tl.load(x + rows[:, None] * K + at, mask=(rows < T)[:, None], other=0.0)
-        w = tl.load(weight + outs[:, None] * K + at, mask=(outs < O)[:, None], other=0.0)
+    square = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for start in range(0, length, COLUMNS):
+        tile = tl.load(tiles + start, mask=there, other=0.0)
+        w = tl.load(weights + start, mask=known, other=0.0)
         first, second, third = parts_of(w, tile.dtype)
         part = tl.dot(tile, tl.trans(third))
         part = tl.dot(tile, tl.trans(second), part)
         total += tl.dot(tile, tl.trans(first), part)
         wide = tile.to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
-    inside = (rows < T)[:, None] & (outs < O)[None, :]
-    tl.store(product + rows[:, None] * O + outs[None, :], total, mask=inside)
-    tl.store(mean + rows, squares / K, mask=rows < T)
+        square += wide * wide
+    own = tl.program_id(1).to(tl.int64) * T + begin
+    tl.store(products + own * O + rows[:, None] * O + outs[None, :], total, mask=there & (outs < O)[None, :])
+    tl.store(squares + own + rows, tl.sum(square, 1), mask=begin + rows < T)
 
 
 @launched
@@ -152,32 +158,35 @@ def _backward_kernel(
     x, weight, grads, mean_grad, x_grad, weight_grads, T, K, O,  # noqa: E741
     OUT: tl.constexpr, STRIP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    at, outs = tl.program_id(0) * STRIP + tl.arange(0, STRIP), tl.arange(0, OUT)
-    known = (outs < O)[:, None]
-    first, second, _ = parts_of(
-        tl.load(weight + outs[:, None] * K + at[None, :], mask=known, other=0.0), x.dtype.element_ty
+    """64 columns of dx for a part of the tokens, and that part's sum of dW."""
+    columns, outs, rows = (
+        tl.program_id(0) * STRIP + tl.arange(0, STRIP),
+        tl.arange(0, OUT),
+        tl.arange(0, ROWS),
     )
+    known = (outs < O)[:, None]
+    at = outs[:, None] * K + columns[None, :]
+    first, second, _ = parts_of(tl.load(weight + at, mask=known, other=0.0), x.dtype.element_ty)
     total = tl.zeros([OUT, STRIP], tl.float32)
     size = T.to(tl.int64) * OUT
+    place, small = rows[:, None] * K + columns[None, :], rows[:, None] * OUT + outs[None, :]
     for start in range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS):
-        rows = start + tl.arange(0, ROWS).to(tl.int64)
-        inside = (rows < T)[:, None]
-        place = rows[:, None] * K + at[None, :]
-        tile = tl.load(x + place, mask=inside, other=0.0)
-        own = grads + rows[:, None] * OUT + outs[None, :]
-        high = tl.load(own, mask=inside, other=0.0)
-        middle = tl.load(own + size, mask=inside, other=0.0)
-        low = tl.load(own + 2 * size, mask=inside, other=0.0)
-        scale = tl.load(mean_grad + rows, mask=rows < T, other=0.0) * (2.0 / K)
+        inside = (start + rows < T)[:, None]
+        corner = tl.cast(start, tl.int64) * K
+        tile = tl.load(x + corner + place, mask=inside, other=0.0)
+        own = grads + tl.cast(start, tl.int64) * OUT
+        high = tl.load(own + small, mask=inside, other=0.0)
+        middle = tl.load(own + size + small, mask=inside, other=0.0)
+        low = tl.load(own + 2 * size + small, mask=inside, other=0.0)
+        scale = tl.load(mean_grad + start + rows, mask=start + rows < T, other=0.0) * (2.0 / K)
         part = tl.dot(tl.trans(low), tile)
         part = tl.dot(tl.trans(middle), tile, part)
         total += tl.dot(tl.trans(high), tile, part)
         back = tl.dot(middle, first)
         back = tl.dot(high, second, back)
         back = tl.dot(high, first, back) + scale[:, None] * tile.to(tl.float32)
-        tl.store(x_grad + place, back.to(tile.dtype), mask=inside)
-    part = weight_grads + tl.program_id(1).to(tl.int64) * O * K
-    tl.store(part + outs[:, None] * K + at[None, :], total, mask=known)
+        tl.store(x_grad + corner + place, back.to(tile.dtype), mask=inside)
+    tl.store(weight_grads + tl.program_id(1).to(tl.int64) * O * K + at, total, mask=known)
 
 
 @jit

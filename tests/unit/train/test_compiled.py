@@ -22,6 +22,7 @@ from model.kernels import (
     index_select,
     product,
     sinkhorn,
+    stream_product,
     swiglu,
 )
 from model.precision import NAMED
@@ -93,7 +94,7 @@ def test_layers_are_one_graph(traced: list[Any], mode: str, how: str, layers: st
 
 def test_with_kernels_too(traced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """In FP8 and FP4, as a GPU runs it; kernels compute nothing here."""
-    for module in (attention, cast, gated_pool, index_select, product, sinkhorn, swiglu):
+    for module in (attention, cast, gated_pool, index_select, product, sinkhorn, stream_product, swiglu):
         monkeypatch.setattr(module, "runs_kernels", lambda x: True)
     monkeypatch.setattr(gpu._Launched, "_launch", lambda *_, **__: None)
     for name in ("grouped", "outer"):

@@ -1,10 +1,10 @@
 """Text whose passages come again, so that attention has places to find: data for `tests.bench.warmup`.
 
-    python -m tests.bench.recurring --out FOLDER [--bytes 150_000_000]
+    python -m tests.bench.recurring --out FOLDER [--bytes 100_000_000]
 
-A document is some passages of the Python files that are always there, then the same ones again, each time in
-another order. From the second round on all but a passage's first tokens can be
-read off its last occurrence, some hundreds of tokens back. Writes FOLDER/recurring.jsonl, always the same.
+A document is some passages of the Python files that are always there, then the same ones again and again,
+each time in another order. From the second round on all but a passage's first tokens can be read off its last
+occurrence, some hundreds of tokens back. Writes FOLDER/recurring.jsonl, the same for one Python and torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def passages(text: str) -> Iterator[str]:
 
 
 def documents(text: str, count: int, rounds: int, draw: random.Random) -> Iterator[str]:
+    """Documents of `count` passages of the text, each in every one of `rounds`."""
     found = [passage for passage in passages(text) if len(passage) < 2 * CHARACTERS]
     for start in range(0, len(found) - count + 1, count):
         own = found[start : start + count]
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--passages", type=int, default=4, help="of a document")
     parser.add_argument("--rounds", type=int, default=8, help="how often each occurs")
-    parser.add_argument("--bytes", type=int, default=150_000_000, help="of text, at most")
+    parser.add_argument("--bytes", type=int, default=100_000_000, help="of text, at most")
     options = parser.parse_args()
     shape = options.passages, options.rounds
     draw, left = random.Random(0), options.bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from tests.bench import warmup
 from tests.bench.memory import cases, measure
 from tests.bench.precision import late
 from tests.bench.precision import table as table_of_precisions
+from tests.bench.recurring import CHARACTERS, documents
 from tests.bench.runs import FINISHED, _places, run_all
-from tests.bench.table import attention_rows, indexer_row, recompute_row
+from tests.bench.table import attention_rows, indexer_row, kernel_row, recompute_row
 from tests.bench.warmup import RUNS, chance, phases, table
 from train.recompute import HOW
 
@@ -65,6 +67,25 @@ def test_rows_of_attention_and_the_indexer() -> None:
     assert indexer_row(pooled) == ("pooling: CSA", "0.500", "1,234 GB/s", "0.25 ×")
     scores = {"part": "scores", "case": "S 4096", "ms": 0.5, "tflops": 99.6}
     assert indexer_row(scores) == ("scores: S 4096", "0.500", "100 TFLOP/s", "")
+
+
+def test_rows_of_kernels() -> None:
+    grouped = {"part": "grouped", "case": "all three", "ms": 4.0, "device": "GPU"}
+    speeds = {"tflops": 800.2, "bf16_tflops": 500.4, "over_bf16": 1.6}
+    row = ("grouped: all three", "4.000", "800 TFLOP/s", "bf16, 500 TFLOP/s", "1.60 × as fast", "GPU")
+    assert kernel_row(grouped | speeds) == row
+
+
+def test_passages_recur() -> None:
+    text = "".join(f"{number:05}\n" for number in range(1000)) + "x" * 3 * CHARACTERS + "\n"
+    found = list(documents(text, 2, 3, random.Random(0)))
+    length = -(-CHARACTERS // 6)  # lines of a passage
+    assert len(found) == 1000 // length // 2
+    lines = found[0].splitlines()
+    rounds = [lines[start : start + 2 * length] for start in range(0, 6 * length, 2 * length)]
+    assert len(lines) == 6 * length and all(sorted(r) == sorted(set(lines)) for r in rounds)
+    assert any(r != rounds[0] for r in rounds) and not any("x" in document for document in found)
+    assert found == list(documents(text, 2, 3, random.Random(0)))
 
 
 def test_phases_of_a_warmup_and_its_table() -> None:

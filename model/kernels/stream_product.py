@@ -30,7 +30,7 @@ def stream_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     narrow = x.dtype == torch.bfloat16 and weight.dtype == torch.float32
     if runs_kernels(x) and narrow and x.shape[-1] % COLUMNS == 0:
         product, mean = torch.ops.fourfold.stream_product(x.flatten(0, -2), weight)
-        return product.view(*x.shape[:-1], -1), mean.view(*x.shape[:-1], 1)
+        return product.view(*x.shape[:-1], len(weight)), mean.view(*x.shape[:-1], 1)
     wide = widen(x)
     return F.linear(wide, weight), wide.square().mean(-1, keepdim=True)
 

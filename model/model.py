@@ -137,7 +137,7 @@ class ForCausalLM(nn.Module):
                     parts.append(cross_entropy(predicted, targets[depth + 1], scores))
                 losses["mtp"] = _add(parts)
             learned = [r for r, moe in zip(routings, self.moes(), strict=True) if not moe.gate.is_hash]
-            balance = [balance_loss(routing, layout) for routing in learned]
+            balance = [balance_loss(routing, layout) for routing in learned if return_losses]
             losses["balance"] = (
                 sum(balance, input_ids.new_zeros((), dtype=torch.float32)),
                 layout.real.sum(),

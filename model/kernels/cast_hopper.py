@@ -1,4 +1,4 @@
-"""The casts of activations, with and without SwiGLU, for Hopper: the same numbers in less time, in Gluon.
+"""The casts of activations, with and without SwiGLU, for Hopper: the same FP8 in less time, in Gluon.
 
 A program casts tiles of 128 x 128 in turn, in three parts that overlap:
 
@@ -7,7 +7,9 @@ A program casts tiles of 128 x 128 in turn, in three parts that overlap:
     `_columns`    COLUMN_WARPS warps: from there, its cast along columns, out through the accelerator
 
 All three take numbers in pairs, two bf16 in 32 bits: extrema and scaling by powers of two, which is exact,
-are one instruction for both. No column's largest number is looked for beyond a warp.
+are one instruction for both. No column's largest number is looked for beyond a warp. KIND, the number of
+inputs, says what is cast: an activation (1), SwiGLU of gates and ups (2), its gradient by both with dh (3). d
+weights alone are added up in another order than by the kernel in `model.kernels.swiglu`.
 
 Needs a Triton with Gluon, bf16, and widths that are multiples of 128 (`suits`).
 
@@ -34,7 +36,7 @@ if gluon is not None:
 else:
     constexpr_function = jit
 
-CAST, SWIGLU, BACKWARD = 1, 2, 3  # what is computed, by the number of inputs
+CAST, SWIGLU, BACKWARD = 1, 2, 3  # KIND
 SETTINGS = {CAST: (8, 32, 4), SWIGLU: (16, 64, 3), BACKWARD: (16, 64, 2)}  # WARPS, ROWS, STAGES
 COLUMN_WARPS = 8
 LOADER_REGISTERS, COLUMN_REGISTERS = 24, 96  # of a thread; those of the rows share the others
@@ -47,7 +49,8 @@ def suits(*inputs: Tensor, limit: float = 0.0) -> bool:
 
 
 def _suits(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and x.shape[1] % TILE == 0
+    whole = x.stride() == (x.shape[1], 1) and x.shape[1] % TILE == 0
+    return x.dtype == torch.bfloat16 and whole and x.data_ptr() % 16 == 0
 
 
 @cache

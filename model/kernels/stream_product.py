@@ -4,9 +4,9 @@
     dx = dp W + 2 x dm / K,    dW = dp^T x       one pass as well
 
 torch widens x to fp32, twice the memory, and multiplies without tensor cores. Here numbers of fp32 are sums
-of three in x's dtype, to their last bit, and products are of these parts; dx, which is rounded to x's dtype,
-is of the largest three of nine. Tensor cores sum up 128 numbers at most, and programs in order: results are
-repeatable.
+of three in x's dtype, to their last bit (but for denormals; infinity becomes NaN), and products are of these
+parts; dx, which is rounded to x's dtype, is of the largest three of nine. Tensor cores sum up 192 products at
+most, and programs in order: results are repeatable.
 
 Legend: T tokens, K numbers of a token's streams (N * D), O outputs, P parts of the tokens.
 """
@@ -22,7 +22,7 @@ from model.norm import widen
 
 BLOCK, COLUMNS = 64, 64  # forward: tokens of a program, and columns that it sums up at a time
 STRIP, ROWS = 64, 32  # backward: columns of a program, and tokens at a time
-FORWARD, BACKWARD = 512, 384  # programs: at most, and about
+FORWARD, BACKWARD = 512, 384  # programs, about
 
 
 def stream_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

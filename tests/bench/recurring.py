@@ -52,9 +52,9 @@ def main() -> None:
     files = sorted(python_files().items())
     draw.shuffle(files)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "recurring.jsonl").open("w") as out:
+    with (options.out / "recurring.jsonl").open("w", encoding="utf-8") as out:
         for _, path in files:
-            for document in documents(Path(path).read_text(errors="replace"), *shape, draw):
+            for document in documents(Path(path).read_text(encoding="utf-8", errors="replace"), *shape, draw):
                 left -= len(document.encode())
                 if left < 0:
                     return

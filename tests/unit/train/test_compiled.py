@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from tests.tiny import packed_batch, relative, tiny_config, tiny_model
 from tests.unit.train.test_engine import run_config, uneven_batch
 from train import recompute
 from train.compiled import compile_layers
+from train.engine import TorchEngine
 from train.loop import train_step
 from train.ranks import Ranks
+from train.recovery import choose_experts
 from train.zero import ZeroEngine
 
 BATCH = packed_batch([[40, 24], [64]], 64, depth=1)
@@ -119,6 +122,21 @@ def test_where_only_streams_are_compiled(case: str, traced: list[Any]) -> None:
         net.moes()[1].dispatcher = nn.Identity()
     compile_layers(net, whole=case != "shared")
     assert len(traced) == 16 and all(isinstance(module, HyperConnection) for module in traced)
+
+
+def test_routing_is_chosen_by_what_is_compiled_for_training(traced: list[Any]) -> None:
+    config = run_config()
+    config = replace(config, train=replace(config.train, compile=True))
+    engine, ranks = (
+        TorchEngine(tiny_model(config.model), config.optim, torch.bfloat16),
+        Ranks(0, 1, torch.device("cpu")),
+    )
+    compile_layers(engine.model)
+    train_step(engine, uneven_batch(), config, 0, ranks)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    choose_experts(engine, uneven_batch(), config, ranks)
+    assert graphs and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert config.indexer_loss  # what the pass would not need, and shares a graph by
 
 
 def zero_steps(ranks: Ranks) -> None:

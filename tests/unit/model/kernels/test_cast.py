@@ -88,8 +88,8 @@ def test_activations_bit_for_bit(rows: int, columns: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("counts", GROUPS, ids=str)
-@pytest.mark.parametrize("columns", [128, 192])
+@pytest.mark.parametrize("counts", [*GROUPS, 10 * GROUPS[-1]], ids=str)  # at last several tiles a program
+@pytest.mark.parametrize("columns", [128, 192, 1024])
 def test_activations_of_groups_bit_for_bit(columns: int, counts: list[int]) -> None:
     """But for tiles without rows, which nobody writes, as nobody reads them."""
     x, offsets = hard(sum(counts), columns, torch.bfloat16), ends(counts)

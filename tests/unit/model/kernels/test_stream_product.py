@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from model.kernels import stream_product as stream_products
 from model.kernels.stream_product import stream_product
 from tests.unit.model.kernels.cases import DEVICES, INTERPRETED, distance
 
@@ -24,7 +25,8 @@ def inputs(tokens: int, count: int, outputs: int) -> tuple[Tensor, Tensor, Tenso
         torch.randn(shape, generator=generator)
         for shape in ((tokens, count), (outputs, count), (tokens, outputs), (tokens, 1))
     )
-    return (x * torch.rand(tokens, 1, generator=generator)).to(NARROW), 4 * weight, product, mean
+    x = (x * torch.rand(tokens, 1, generator=generator)).to(NARROW)
+    return x, 4 * weight, product, count * mean  # gradients of x through product and mean are of one size
 
 
 def results(function, x: Tensor, weight: Tensor, *grads: Tensor) -> list[Tensor]:  # type: ignore[no-untyped-def]
@@ -38,8 +40,14 @@ def results(function, x: Tensor, weight: Tensor, *grads: Tensor) -> list[Tensor]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("outputs", [4, 24])
 @pytest.mark.parametrize(("tokens", "count"), [(1, 128), (64, 256), (200, 2048)])
-def test_kernels(tokens: int, count: int, outputs: int, device: str) -> None:
-    """As near to fp64 as products in fp32 are."""
+@pytest.mark.parametrize("programs", ["many", "few"])
+def test_kernels(
+    programs: str, tokens: int, count: int, outputs: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near to fp64 as products in fp32 are; few programs sum up more each."""
+    if programs == "few":
+        monkeypatch.setattr(stream_products, "FORWARD", 1)
+        monkeypatch.setattr(stream_products, "BACKWARD", 1)
     x, weight, *grads = inputs(tokens, count, outputs)
     exact = results(stream_product, x.double(), weight.double(), *grads)
     reference = results(stream_product, x, weight, *grads)
@@ -47,6 +55,13 @@ def test_kernels(tokens: int, count: int, outputs: int, device: str) -> None:
     for found, near, wanted in zip(ours, reference, exact, strict=True):
         assert found.dtype == near.dtype
         assert distance(found.view_as(near), wanted) <= 2 * distance(near, wanted) + 5e-7
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 128), (2, 0, 128)], ids=str)
+def test_no_tokens(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_products, "runs_kernels", lambda _: True)
+    product, mean = stream_product(torch.empty(shape, dtype=torch.bfloat16), torch.empty(24, 128))
+    assert product.shape == (*shape[:-1], 24) and mean.shape == (*shape[:-1], 1)
 
 
 @pytest.mark.gpu

@@ -54,7 +54,8 @@ def test_kernels(
     ours = results(by_kernels, *(y.to(device) for y in (x, weight, *grads)))
     for found, near, wanted in zip(ours, reference, exact, strict=True):
         assert found.dtype == near.dtype
-        assert distance(found.view_as(near), wanted) <= 2 * distance(near, wanted) + 5e-7
+        times = 2 if near.dtype == torch.float32 else 1.1  # both are rounded to x's dtype
+        assert distance(found.view_as(near), wanted) <= times * distance(near, wanted) + 5e-7
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 128), (2, 0, 128)], ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,6 +92,10 @@ def test_repeatable_bit_for_bit() -> None:
     again = cast_swiglu_backward(grad, gate_up, weights, LIMIT)
     assert torch.equal(first[2].nan_to_num(0), again[2].nan_to_num(0))
     assert torch.equal(first[0].values.view(torch.uint8), again[0].values.view(torch.uint8))
+
+
+def test_limits_that_the_kernel_for_hopper_takes() -> None:
+    assert [cast_hopper._is_bf16(x) for x in (10.0, 7.0, math.inf, 10.01)] == [True, True, True, False]
 
 
 COUNTS = [129, 0, 1, 127, 128, 300, 0]  # rows of groups

@@ -195,7 +195,8 @@ def test_the_arguments_of_a_training_give_its_shards(source, tmp_path, monkeypat
 
 
 def program(command: list[str]) -> subprocess.Popen[str]:
-    """In a process group of its own, as a shell starts it."""
+    """In a process group of its own, as a shell starts it; Ctrl-C works also where the tests ignore it, as
+    background jobs do."""
     return subprocess.Popen(
         [sys.executable, "-m", "data.prepare", *command],
         cwd=ROOT,
@@ -203,6 +204,7 @@ def program(command: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
